@@ -1,0 +1,128 @@
+"""starlm data: from text to tokens on disk, and what is there."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from starlm.cli.console import Console
+from starlm.cli.options import Verb
+from starlm.errors import InputError
+
+# Vocabularies: bytes alone; for corpora of megabytes; for corpora of gigabytes.
+VOCABULARIES = {"bytes": {"vocab_size": 265}, "small": {"vocab_size": 4096}, "large": {"vocab_size": 32768}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What to read and how to cut it."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SOURCE ...]")] = (
+        "embedded",
+    )
+    """Folders and files (.txt .md .py .jsonl .jsonl.gz .parquet); `embedded` is Python's standard library."""
+    out: Path = Path("data")
+    """Folder to write."""
+    vocab_size: int = 4096
+    """Tokens of the tokenizer that is trained on the text; at least 265."""
+    tokenizer: Path | None = None
+    """Take this tokenizer instead: a tokenizer.json, or a folder of data, a run or a checkpoint."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out for validation."""
+    text_field: str = "text"
+    """Key or column that holds the text in .jsonl and .parquet."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsOptions:
+    """Which data."""
+
+    data: Path = Path("data")
+    """Folder that `starlm data prepare` wrote."""
+    verify: bool = False
+    """Read every byte and compare it with its checksum."""
+
+
+def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
+    from starlm.data.prepare import prepare
+
+    sources = source_list(options.sources)
+    tokenizer = None
+    if options.tokenizer is not None:
+        from starlm.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(options.tokenizer)
+    with console.progress() as progress:
+        report = prepare(
+            sources,
+            options.out,
+            vocab_size=options.vocab_size,
+            tokenizer=tokenizer,
+            validation_fraction=options.validation_fraction,
+            text_field=options.text_field,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    _say_splits(options.out, console)
+    console.say(f"Next: starlm train --preset demo --data {options.out} --out runs/mine")
+    return asdict(report)
+
+
+def source_list(sources: tuple[str, ...]) -> Any:
+    """What `prepare` takes: the paths, or "embedded".
+
+    Raises:
+        InputError: nothing given, or `embedded` beside paths.
+    """
+    if not sources:
+        raise InputError("Name at least one folder or file to read, or `embedded`.")
+    if "embedded" not in sources:
+        return list(sources)
+    if len(sources) > 1:
+        raise InputError("`embedded` stands alone; got it beside other sources. Write ./embedded for a path.")
+    return "embedded"
+
+
+def _stats(options: StatsOptions, console: Console) -> dict[str, Any]:
+    from starlm.data.shards import TokenData
+
+    data = TokenData.open(options.data)
+    if options.verify:
+        data.verify()
+    splits = _say_splits(options.data, console)
+    if options.verify:
+        console.say("Every file matches its checksum.")
+    return {"data": str(options.data), "splits": splits, "verified": options.verify}
+
+
+def _say_splits(folder: Path, console: Console) -> dict[str, Any]:
+    """Print the table of splits; its numbers."""
+    from starlm.data.shards import TokenData
+
+    rows: list[tuple[str, ...]] = [(str(folder), "documents", "tokens", "bytes", "bytes per token")]
+    found = {}
+    for name, split in TokenData.open(folder).splits.items():
+        numbers = {
+            "documents": split.num_documents,
+            "tokens": split.num_tokens,
+            "bytes": split.num_bytes,
+        }
+        ratio = split.num_bytes / max(split.num_tokens, 1)
+        rows.append((name, *(f"{n:,}" for n in numbers.values()), f"{ratio:.2f}"))
+        found[name] = {**numbers, "bytes_per_token": ratio}
+    console.table(rows)
+    return found
+
+
+VERBS = {
+    "data prepare": Verb(
+        options=PrepareOptions,
+        run=_prepare,
+        presets=VOCABULARIES,
+        rerun="No folder was written. Run the same command again to start over.",
+    ),
+    "data stats": Verb(options=StatsOptions, run=_stats),
+}

@@ -1,0 +1,103 @@
+"""starlm eval: bits per byte."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from starlm.cli.console import Console, duration
+from starlm.cli.options import Verb
+from starlm.errors import InputError
+from starlm.settings import read_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to measure, on what."""
+
+    model: Path = Path("runs/demo")
+    """Run folder (its last checkpoint is taken) or checkpoint folder."""
+    data: Path | None = None
+    """Folder of prepared data; without it, the data that the run was trained on."""
+    split: Literal["validation", "train"] = "validation"
+    """Which part of the data."""
+    max_tokens: int = 0
+    """Stop after this many tokens; 0 takes all."""
+    rows: int = 8
+    """Rows of `context` tokens per forward pass."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the matrix products."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0 or self.rows < 1:
+            raise InputError(
+                f"max_tokens must be 0 or more and rows at least 1; got {self.max_tokens} and {self.rows}."
+            )
+
+
+def run(options: EvalOptions, console: Console) -> dict[str, Any]:
+    """Measure, with progress."""
+    folder = options.data or trained_on(options.model)
+    from starlm.data.shards import TokenData
+    from starlm.evaluate.bits_per_byte import evaluate
+    from starlm.generate.text import load
+
+    model = load(options.model, device=options.device)
+    data = TokenData.open(folder)
+    began = time.perf_counter()
+    with console.progress() as progress:
+        result = evaluate(
+            model.model,
+            data.splits[options.split],
+            model.tokenizer,
+            max_tokens=options.max_tokens or None,
+            rows=options.rows,
+            precision=options.precision,
+            progress=lambda done, total: progress("tokens", done, total),
+        )
+    seconds = time.perf_counter() - began
+    console.say(
+        f"{result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f} nats per token: "
+        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes of {folder} ({options.split}) in "
+        f"{duration(seconds)}"
+    )
+    return {
+        **result,
+        "seconds": seconds,
+        "model": str(options.model),
+        "data": str(folder),
+        "split": options.split,
+    }
+
+
+def trained_on(model: Path) -> Path:
+    """The data folder that a model's run.toml names.
+
+    Args:
+        model: run folder, or a checkpoint folder in one.
+
+    Raises:
+        InputError: there is no run.toml, or the folder that it names is gone.
+    """
+    if not model.exists():
+        raise InputError(f"There is no model at {model}. Give a run folder or a checkpoint folder.")
+    files = [folder / "run.toml" for folder in (model, *model.absolute().parents[:2])]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise InputError(f"{model} belongs to no run, so its data is not known. Name a folder with --data.")
+    folder = Path(read_toml(file).get("data", "data"))
+    if not folder.exists():
+        raise InputError(
+            f"{file} names the data folder {folder}, which is not there (seen from {Path.cwd()}). Name it "
+            f"with --data."
+        )
+    return folder
+
+
+VERBS = {
+    "eval": Verb(
+        options=EvalOptions, run=run, presets={"quick": {"max_tokens": 65536}, "full": {"max_tokens": 0}}
+    )
+}

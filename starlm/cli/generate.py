@@ -1,0 +1,100 @@
+"""starlm generate: continue a prompt."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlm.cli.console import Console
+from starlm.cli.options import Verb
+from starlm.errors import InputError
+
+# Presets differ in how bold the choice of the next token is.
+PRESETS = {
+    "greedy": {"temperature": 0.0},
+    "careful": {"temperature": 0.5, "top_p": 0.9},
+    "bold": {"temperature": 1.0, "min_p": 0.05},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Which model, which prompt, and how the next token is chosen."""
+
+    model: Path = Path("runs/demo")
+    """Run folder (its last checkpoint is taken) or checkpoint folder."""
+    prompt: str | None = None
+    """Text to continue; without it and without prompt_file, stdin."""
+    prompt_file: Path | None = None
+    """File whose text is continued (UTF-8)."""
+    max_tokens: int = 256
+    """At most this many new tokens."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability; 1 is off."""
+    min_p: float = 0.0
+    """Only tokens at least this share of the likeliest one's probability; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely; 1 is off."""
+    seed: int | None = None
+    """Same seed, same text; without it a new one each time."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_file is not None:
+            raise InputError("Give the prompt once: --prompt or --prompt-file.")
+
+
+def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
+    """Stream the continuation to stdout; on a terminal the prompt stands before it in bold."""
+    prompt = _prompt(options)
+    from starlm.generate.text import load
+
+    model = load(options.model, device=options.device)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    chosen = {name: getattr(options, name) for name in names}
+    out = console.human
+    pieces: list[str] = []
+    began = time.perf_counter()
+    stream = model.stream(prompt, max_tokens=options.max_tokens, **chosen)
+    if out.isatty():
+        out.write(f"\x1b[1m{prompt}\x1b[0m")
+    for piece in stream:
+        pieces.append(piece)
+        out.write(piece)
+        out.flush()
+    seconds = time.perf_counter() - began
+    out.write("\n")
+    text = "".join(pieces)
+    # Counted from the text: the stream gives characters, which may take several tokens.
+    tokens = len(model.tokenizer.encode(text))
+    return {"text": text, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _prompt(options: GenerateOptions) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file is not None:
+        try:
+            return options.prompt_file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"Cannot read the prompt {options.prompt_file}: {error.strerror}. Check the path."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"The prompt {options.prompt_file} is not UTF-8 text: at byte {error.start}. Convert it."
+            ) from None
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError('Give a prompt: --prompt "def ", --prompt-file FILE, or pipe one in.')
+    return sys.stdin.read()
+
+
+VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS)}

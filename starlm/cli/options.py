@@ -1,0 +1,154 @@
+"""Options of a verb: defaults < preset < TOML file < command line, resolved in one place for all verbs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, make_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from starlm.errors import InputError
+from starlm.settings import from_dict, read_toml, to_dict, to_toml
+
+if TYPE_CHECKING:
+    from starlm.cli.console import Console
+
+O = TypeVar("O")  # noqa: E741
+Layer = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb(Generic[O]):
+    """One verb of the command line."""
+
+    options: type[O]
+    """Frozen dataclass; the docstring under each field is its help."""
+    run: Callable[[O, "Console"], dict[str, Any]]
+    """Does the work; what it returns is the object of --json."""
+    base: Layer = field(default_factory=dict)
+    """Where the verb's defaults differ from those of `options`."""
+    presets: Mapping[str, Layer] = field(default_factory=dict)
+    """Named settings, in the form of the TOML file."""
+    one_of: frozenset[str] = frozenset()
+    """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
+    plan: Callable[[O], dict[str, Any]] | None = None
+    """What --dry-run adds to the resolved configuration."""
+    rerun: str = "Nothing was kept; run the same command again to start over."
+    """What happens when the command is given again after Ctrl+C."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Options of every verb."""
+
+    dry_run: bool
+    json: bool
+
+
+def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O, Shared]:
+    """The verb's options and the shared ones from the command line and the files that it names.
+
+    Raises:
+        InputError: unknown preset, unusable TOML file, impossible value.
+        SystemExit: help was asked for (0) or the command line is wrong (2); tyro has printed why.
+    """
+    options = from_dict(verb.options, dict(verb.base), where="the defaults")
+    preset, config = _value_of("--preset", argv), _value_of("--config", argv)
+    if preset is not None:
+        options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
+    if config is not None:
+        options = _overlay(verb, options, read_toml(Path(config)), config)
+    options = _overlay(verb, options, {}, "the command line", given=_names(argv))
+    shared = _shared(verb)
+    parser: Any = make_dataclass(
+        "Parser", [("options", _unprefixed(verb.options)), ("shared", _unprefixed(shared))], kw_only=True
+    )
+    # The first letter as a sentence has it.
+    about = f"{summary[0].upper()}{summary[1:]}."
+    default = parser(options=options, shared=shared())
+    result = tyro.cli(parser, prog=prog, description=about, args=argv, default=default)
+    return result.options, Shared(dry_run=result.shared.dry_run, json=result.shared.json)
+
+
+def _unprefixed(cls: type) -> Any:
+    return Annotated[cls, tyro.conf.arg(name="")]
+
+
+def _shared(verb: Verb) -> Any:
+    """The options of every verb as tyro reads them; --preset only where there are presets."""
+    preset: Any = tyro.conf.Suppress[str | None]
+    if verb.presets:
+        names = "{" + ",".join(verb.presets) + "}"
+        preset = Annotated[str | None, tyro.conf.arg(metavar=names, help=_PRESET)]
+    fields = [
+        ("preset", preset, None),
+        ("config", Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml", help=_CONFIG)], None),
+        ("dry_run", _flag("Print the resolved configuration and run nothing."), False),
+        ("json", _flag("Put one JSON object on the last line of stdout; other text goes to stderr."), False),
+        ("debug", _flag("Print the traceback of an error."), False),
+    ]
+    return make_dataclass("Shared", fields, kw_only=True)
+
+
+_PRESET = "Named settings; a TOML file and the command line take precedence."
+_CONFIG = "TOML file of options by the same names; the command line takes precedence."
+
+
+def _flag(text: str) -> Any:
+    return Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=text)]
+
+
+def _preset(verb: Verb, name: str) -> Layer:
+    if name in verb.presets:
+        return verb.presets[name]
+    near = get_close_matches(name, verb.presets, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(verb.presets) or 'none here'}."
+    raise InputError(f"Unknown preset {name!r}. {hint}")
+
+
+def _overlay(verb: Verb[O], options: O, layer: Layer, where: str, given: frozenset[str] = frozenset()) -> O:
+    """`options` with a layer on top; whether it makes sense as a whole is checked when all layers are there.
+
+    Args:
+        given: further names that the layer sets, for `one_of`.
+    """
+    cleared: dict[str, Any] = {}
+    if verb.one_of & (layer.keys() | given):
+        cleared = dict.fromkeys(verb.one_of)
+    return from_dict(verb.options, {**cleared, **layer}, where=where, base=options, check=False)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The last value of a flag, as `--flag value` or `--flag=value`."""
+    found = None
+    for index, word in enumerate(argv):
+        if word == flag:
+            found = next(iter(argv[index + 1 :]), None)
+        elif word.startswith(f"{flag}="):
+            found = word[len(flag) + 1 :]
+    return found
+
+
+def _names(argv: list[str]) -> frozenset[str]:
+    return frozenset(word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
+
+
+def dry_run(verb: Verb[O], options: O, console: "Console") -> dict[str, Any]:
+    """Print the configuration as TOML, and the verb's plan as its comments; both as a result."""
+    plan = verb.plan(options) if verb.plan else {}
+    console.say(to_toml(options).rstrip())
+    if plan:
+        console.say()
+        console.table([(f"# {name}", text) for name, text in _flat(plan)])
+    return {"config": to_dict(options), **({"plan": plan} if plan else {})}
+
+
+def _flat(plan: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in plan.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}: ")
+        else:
+            rows.append((f"{prefix}{name}", f"{value:,}" if isinstance(value, int) else f"{value:.3g}"))
+    return [(name.replace("_", " "), text) for name, text in rows]

@@ -1,0 +1,110 @@
+"""starlm tokenizer: make one, and see how it cuts a text."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from starlm.cli.console import Console
+from starlm.cli.data import VOCABULARIES, source_list
+from starlm.cli.options import Verb
+from starlm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What to learn from."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SOURCE ...]")] = (
+        "embedded",
+    )
+    """Folders and files (.txt .md .py .jsonl .jsonl.gz .parquet); `embedded` is Python's standard library."""
+    out: Path = Path("tokenizer.json")
+    """File to write; an existing one is replaced."""
+    vocab_size: int = 4096
+    """Tokens, with the 256 bytes and 9 special ones."""
+    text_field: str = "text"
+    """Key or column that holds the text in .jsonl and .parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Which text, which tokenizer."""
+
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]")] = None
+    """The text; without it, stdin."""
+    tokenizer: Path = Path("runs/demo")
+    """A tokenizer.json, or a folder of data, a run or a checkpoint."""
+
+
+def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
+    from starlm.data.documents import embedded_corpus, find_files, iter_documents
+    from starlm.data.tokenizer import Tokenizer
+
+    sources = source_list(options.sources)
+    files = embedded_corpus() if sources == "embedded" else find_files(sources)
+    if not options.out.parent.is_dir():
+        raise InputError(f"There is no folder {options.out.parent} to write {options.out.name} in. Make it.")
+    size = documents = 0
+    with console.progress() as progress:
+
+        def texts():
+            nonlocal size, documents
+            for documents, document in enumerate(iter_documents(files, options.text_field), 1):
+                size += len(document.text.encode())
+                progress("documents", documents, None)
+                yield document.text
+
+        tokenizer = Tokenizer.train(texts(), options.vocab_size)
+    path = tokenizer.save(options.out)
+    console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
+    return {
+        "path": str(path),
+        "vocab_size": tokenizer.vocab_size,
+        "documents": documents,
+        "bytes": size,
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def _show(options: ShowOptions, console: Console) -> dict[str, Any]:
+    from starlm.data.tokenizer import Tokenizer
+
+    text = options.text
+    if text is None:
+        if sys.stdin.isatty():
+            raise InputError('Give a text: starlm tokenizer show "some text", or pipe one in.')
+        text = sys.stdin.read()
+    tokenizer = Tokenizer.load(options.tokenizer)
+    ids = tokenizer.encode(text)
+    pieces = [tokenizer.token_bytes(number) for number in ids]
+    size = len(text.encode())
+    console.say("│".join(visible(piece) for piece in pieces))
+    console.say()
+    if ids:
+        console.table([(str(number), visible(piece)) for number, piece in zip(ids, pieces, strict=True)])
+        console.say()
+    ratio = size / max(len(ids), 1)
+    console.say(f"{len(ids):,} tokens, {len(text):,} characters, {size:,} bytes, {ratio:.2f} bytes per token")
+    return {
+        "ids": ids,
+        "tokens": [visible(piece) for piece in pieces],
+        "num_tokens": len(ids),
+        "bytes": size,
+        "bytes_per_token": ratio,
+    }
+
+
+def visible(piece: bytes) -> str:
+    """A token on one line: spaces as ·, line ends as ↵, tabs as →, what cannot be shown as \\x.."""
+    text = piece.decode("utf-8", "backslashreplace")
+    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+VERBS = {
+    "tokenizer train": Verb(options=TrainOptions, run=_train, presets=VOCABULARIES),
+    "tokenizer show": Verb(options=ShowOptions, run=_show),
+}

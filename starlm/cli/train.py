@@ -1,0 +1,40 @@
+"""starlm train: pretraining."""
+
+from typing import Any
+
+from starlm.cli.console import Console, duration
+from starlm.cli.options import Verb
+from starlm.cli.plan import training_plan
+from starlm.cli.presets import TRAIN
+from starlm.train.config import TrainConfig
+
+
+def run(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train until the horizon, with progress."""
+    from starlm.train.loop import train
+
+    with console.training() as on_record:
+        result = train(config, on_record=on_record)
+    say_result(result, console)
+    console.say(
+        f'Next: starlm generate --model {config.out} --prompt "..."   or   starlm report {config.out}'
+    )
+    return {**result, "out": str(config.out)}
+
+
+def say_result(result: dict[str, Any], console: Console) -> None:
+    """Print what training came to."""
+    console.say(
+        f"Done: {result['bits_per_byte']:.4f} bits per byte on held-out text after {result['tokens']:,} "
+        f"tokens in {duration(result['seconds'])}. Checkpoint: {result['checkpoint']}"
+    )
+
+
+RERUN = "The last checkpoint is kept. Run the same command again to go on from it."
+HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
+
+VERBS = {
+    "train": Verb(
+        options=TrainConfig, run=run, presets=TRAIN, one_of=HORIZON, plan=training_plan, rerun=RERUN
+    )
+}

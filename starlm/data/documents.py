@@ -1,0 +1,293 @@
+"""Documents: where text comes from, and which split each piece of it belongs to."""
+
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from starlm.errors import InputError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+SplitName = Literal["train", "validation"]
+
+# Tests repeat themselves, and lib2to3 comes and goes between Python versions.
+_NOT_EMBEDDED = frozenset(
+    ("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text that a model reads as a whole."""
+
+    text: str
+    source: str
+    """Where it came from: its file's name, and line or row (from 1) if the file holds several documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file that holds documents."""
+
+    path: Path
+    name: str
+    """Path relative to the folder that was asked for, with "/": the same on every machine. Unique."""
+    required: bool = True
+    """Whether a content that is not text is an error; otherwise it counts as empty."""
+
+
+def find_files(paths: Iterable[str | Path]) -> list[SourceFile]:
+    """The supported files that `paths` mean: paths in the order given, each folder's files sorted by name.
+
+    Folders are searched through; what is hidden in them (a name with a leading dot) and what has another
+    suffix is left out. A file that can be reached in two ways is taken once.
+
+    Args:
+        paths: files and folders.
+
+    Raises:
+        InputError: a path is missing, a file has no supported suffix, or there is no supported file at all.
+    """
+    return _find_files([Path(path) for path in paths], frozenset())
+
+
+def _find_files(paths: list[Path], exclude: frozenset[str]) -> list[SourceFile]:
+    found: list[SourceFile] = []
+    seen: set[Path] = set()
+    names: dict[str, int] = {}
+    for root in paths:
+        for path, name in _files_of(root, exclude):
+            resolved = path.resolve()
+            if resolved in seen:
+                continue
+            seen.add(resolved)
+            # Two folders may hold files of one name; the split of a document depends on the name.
+            names[name] = names.get(name, 0) + 1
+            found.append(SourceFile(path=path, name=name if names[name] == 1 else f"{name}~{names[name]}"))
+    if not found:
+        where = ", ".join(str(path) for path in paths) or "an empty list of paths"
+        raise InputError(f"No file to read in {where}. Supported are {_supported()}.")
+    return found
+
+
+def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]:
+    if not root.exists():
+        raise InputError(f"There is no file or folder {root}. Check the path.")
+    if not root.is_dir():
+        if not _suffix(root.name):
+            raise InputError(
+                f"{root} cannot be read as documents: supported are {_supported()}. Convert the file, or "
+                f"rename it if it is plain text."
+            )
+        yield root, root.name
+        return
+    files: list[tuple[tuple[str, ...], Path]] = []
+    visited: set[Path] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        # Linked folders are followed, so a link that points upwards would go round for ever.
+        resolved = Path(folder).resolve()
+        if resolved in visited:
+            folders.clear()
+            continue
+        visited.add(resolved)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in exclude)
+        for name in names:
+            if not name.startswith(".") and _suffix(name):
+                path = Path(folder, name)
+                files.append((path.relative_to(root).parts, path))
+    for parts, path in sorted(files):
+        yield path, "/".join(parts)
+
+
+def _suffix(name: str) -> str:
+    """The supported suffix that `name` ends with, or an empty string."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def _supported() -> str:
+    return ", ".join(SUFFIXES)
+
+
+def embedded_corpus() -> list[SourceFile]:
+    """The Python standard library's own source files, sorted by name: a corpus that is always there.
+
+    Raises:
+        InputError: this Python was installed without its sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    try:
+        found = _find_files([root], _NOT_EMBEDDED)
+    except InputError:
+        found = []
+    files = [
+        SourceFile(path=file.path, name=file.name, required=False)
+        for file in found
+        if file.name.endswith(".py")
+    ]
+    if not files:
+        raise InputError(
+            f"This Python has no standard library sources in {root}, which are the embedded corpus. Name "
+            f"your own files or folders instead."
+        )
+    return files
+
+
+def iter_documents(
+    files: Iterable[SourceFile], text_field: str = "text", *, skipped: list[str] | None = None
+) -> Iterator[Document]:
+    """The documents of `files`, in order, one at a time.
+
+    Text files (.txt .md .py) are one document each; .jsonl and .jsonl.gz have one per line; .parquet has
+    one per row. What holds no text (nothing, white space, or null) is passed over.
+
+    Args:
+        files: what to read.
+        text_field: the key or column that holds the text in .jsonl and .parquet.
+        skipped: receives the sources that were passed over.
+
+    Raises:
+        InputError: a file cannot be read or decoded; the message names file and byte, line or row.
+    """
+    for file in files:
+        for document in _documents_of(file, text_field):
+            if document.text.strip():
+                yield document
+            elif skipped is not None:
+                skipped.append(document.source)
+
+
+def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document]:
+    suffix = _suffix(file.path.name)
+    try:
+        if suffix in TEXT_SUFFIXES:
+            yield Document(text=_read_text(file), source=file.name)
+        elif suffix == ".parquet":
+            yield from _read_parquet(file, text_field)
+        elif suffix == ".jsonl.gz":
+            with gzip.open(file.path, "rb") as lines:
+                yield from _read_lines(file, text_field, lines)
+        else:
+            with file.path.open("rb") as lines:
+                yield from _read_lines(file, text_field, lines)
+    except OSError as error:
+        _raise_unreadable(error, file.path)
+
+
+def _read_text(file: SourceFile) -> str:
+    data = file.path.read_bytes()
+    try:
+        offset, what = data.index(b"\0"), "a NUL byte"
+    except ValueError:
+        try:
+            return data.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            offset, what = error.start, f"the byte 0x{data[error.start]:02x}, which is not UTF-8"
+    if not file.required:
+        return ""
+    raise InputError(
+        f"{file.path} is not a text file: at byte offset {offset} there is {what}. Convert the file to "
+        f"UTF-8, or leave it out."
+    )
+
+
+def _read_lines(file: SourceFile, text_field: str, lines: Iterable[bytes]) -> Iterator[Document]:
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                text = _text_of_line(line, text_field, f"{file.path}:{number}")
+                yield Document(text=text, source=f"{file.name}:{number}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{file.path} is a damaged or truncated gzip file: after line {number}, {error}. Copy or "
+            f"download the file again."
+        ) from None
+
+
+def _text_of_line(line: bytes, text_field: str, place: str) -> str:
+    try:
+        # The first line may begin with a byte order mark.
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{place} is not JSON: {error}. Each line of a .jsonl file must be one JSON object; mend the "
+            f"line or take it out."
+        ) from None
+    if not isinstance(record, dict) or text_field not in record:
+        has = f"the keys {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+        raise InputError(
+            f'{place} has no key "{text_field}"; it has {has}. Name the key that holds the text with '
+            f"text_field."
+        )
+    text = record[text_field]
+    if not isinstance(text, str | None):
+        raise InputError(
+            f'{place}: the key "{text_field}" holds {type(text).__name__}, not text. Name the key that holds '
+            f"the text with text_field."
+        )
+    text = text or ""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f'{place}: the text of "{text_field}" has half of a surrogate pair at character {error.start}, '
+            f"which is no character. Mend the line or take it out."
+        ) from None
+    return text
+
+
+def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
+    # pyarrow takes a fifth of a second to import.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(file.path) as table:
+            if text_field not in table.schema_arrow.names:
+                raise InputError(
+                    f'{file.path} has no column "{text_field}"; it has {", ".join(table.schema_arrow.names)}.'
+                    f" Name the column that holds the text with text_field."
+                )
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str | None):
+                        raise InputError(
+                            f'{file.path}, row {row}: the column "{text_field}" holds {type(text).__name__}, '
+                            f"not text. Name the column that holds the text with text_field."
+                        )
+                    yield Document(text=text or "", source=f"{file.name}:{row}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{file.path} is not a readable Parquet file: after row {row}, {error}. Copy or download the "
+            f"file again."
+        ) from None
+
+
+def _raise_unreadable(error: OSError, path: Path | None = None) -> None:
+    raise InputError(
+        f"{path or error.filename} cannot be read: {error.strerror or error}. Check the path and its permissions."
+    ) from error
+
+
+def position_of(source: str) -> int:
+    """Where a document lies among all, in [0, 2^64): the beginning of the SHA-256 of its source."""
+    return int.from_bytes(hashlib.sha256(source.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def split_of(source: str, validation_fraction: float) -> SplitName:
+    """The split of a document: a function of its source alone, the same on every machine.
+
+    Args:
+        source: `Document.source`.
+        validation_fraction: expected share of documents in validation, in [0, 1].
+    """
+    return "validation" if position_of(source) < validation_fraction * 2**64 else "train"

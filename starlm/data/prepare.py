@@ -1,0 +1,317 @@
+"""From sources to a folder of tokens: read, train a tokenizer, encode, write."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from starlm.data.documents import (
+    Document,
+    SourceFile,
+    embedded_corpus,
+    find_files,
+    iter_documents,
+    position_of,
+)
+from starlm.data.shards import (
+    FORMAT,
+    META,
+    SHARD_TOKENS,
+    SPLITS,
+    VERSION,
+    ShardWriter,
+    TokenData,
+    token_dtype,
+)
+from starlm.data.tokenizer import FILE, Tokenizer
+from starlm.errors import InputError
+from starlm.files import sha256, whole_folder
+
+Progress = Callable[[str, int, int | None], None]
+
+# A tokenizer of some thousand tokens does not get better with more text.
+TOKENIZER_BYTES = 50_000_000
+# Characters encoded in one go: enough for all cores, few enough for the library's memory.
+_BATCH = 1 << 22
+_OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What is in a prepared folder, and how it came there."""
+
+    out: Path
+    reused: bool
+    """Whether the folder was there already, from the same sources and options."""
+    vocab_size: int
+    documents: dict[str, int]
+    """Per split; so are tokens and bytes."""
+    tokens: dict[str, int]
+    """With a <|bos|> for each document."""
+    bytes: dict[str, int]
+    """UTF-8 bytes of the text."""
+    skipped: int
+    """Files, lines and rows without text."""
+    seconds: float
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens of both splits for each byte of text."""
+        return sum(self.tokens.values()) / sum(self.bytes.values())
+
+
+def prepare(
+    sources: Iterable[str | Path] | Literal["embedded"],
+    out: str | Path,
+    *,
+    vocab_size: int = 4096,
+    tokenizer: str | Path | None = None,
+    validation_fraction: float = 0.05,
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PrepareReport:
+    """Turn documents into the folder that training reads; the same input gives the same files.
+
+    A document belongs to validation if the hash of its source lies below `validation_fraction`; at least
+    one document does, and at least one does not. If there is one document only, the end of it becomes
+    validation: its last `validation_fraction`, begun at a line.
+
+    Args:
+        sources: files and folders (see `find_files`); "embedded" is the Python standard library's source.
+        out: the folder to write; it appears whole or not at all. If it holds this very preparation of
+            unchanged sources, nothing is done.
+        vocab_size: of the tokenizer to train; see `Tokenizer.train`.
+        tokenizer: a tokenizer.json, or a folder with one, to use instead of training one.
+        validation_fraction: expected share of documents in validation, between 0 and 1.
+        text_field: the key or column that holds the text in .jsonl and .parquet.
+        shard_tokens: tokens of one file at most, unless a single document has more.
+        overwrite: write anew, replacing prepared data in `out`. Other folders are never replaced.
+        progress: called with a stage ("read", "tokenizer", "encode"), and how much of how much is done:
+            files, bytes, documents. The latter is None if unknown.
+
+    Raises:
+        InputError: unusable sources, options or `out`.
+    """
+    began = time.perf_counter()
+    report = progress or (lambda stage, done, total: None)
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
+    out = Path(out)
+    files = _find(sources)
+    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    options = {
+        "tokenizer": given.fingerprint if given else None,
+        "vocab_size": None if given else vocab_size,
+        "validation_fraction": validation_fraction,
+        "text_field": text_field,
+        "shard_tokens": shard_tokens,
+    }
+    identity = _identity(files, options)
+    reused = _check_out(out, identity, overwrite)
+    if reused:
+        return _report(reused.meta, out, reused=True, seconds=time.perf_counter() - began)
+
+    plan = _Plan.scan(files, text_field, validation_fraction, report)
+    tokens = given or Tokenizer.train(_training_texts(plan, report), vocab_size)
+    with whole_folder(out.resolve()) as folder:
+        writers = {
+            name: ShardWriter(
+                folder, name, vocab_size=tokens.vocab_size, bos=tokens.bos, shard_tokens=shard_tokens
+            )
+            for name in SPLITS
+        }
+        done = 0
+        for batch in _batches(plan.documents()):
+            texts = [document.text for _, document in batch]
+            for (name, document), ids in zip(batch, tokens.encode_batch(texts), strict=True):
+                writers[name].add(ids, len(document.text.encode("utf-8")))
+            done += len(batch)
+            report("encode", done, plan.count)
+        tokens.save(folder / FILE)
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "vocab_size": tokens.vocab_size,
+            "tokenizer": tokens.fingerprint,
+            "tokenizer_file": {
+                "file": FILE,
+                "size": (folder / FILE).stat().st_size,
+                "sha256": sha256(folder / FILE),
+            },
+            "dtype": token_dtype(tokens.vocab_size).name,
+            "bos": tokens.bos,
+            "splits": {name: writer.finish() for name, writer in writers.items()},
+            "sources": {
+                "preparation": identity,
+                "options": options,
+                "files": len(files),
+                "skipped": plan.skipped,
+            },
+        }
+        if _identity(files, options) != identity:
+            raise InputError("A source changed while it was read. Run the same command again.")
+        (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    return _report(meta, out, reused=False, seconds=time.perf_counter() - began)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a first reading of all documents tells: how to divide them."""
+
+    files: list[SourceFile]
+    text_field: str
+    fraction: float
+    count: int
+    skipped: int
+    limit: int
+    """Documents whose `position_of` lies below are validation."""
+
+    @classmethod
+    def scan(cls, files: list[SourceFile], text_field: str, fraction: float, report: Progress) -> "_Plan":
+        skipped: list[str] = []
+        count, lowest, highest = 0, 1 << 64, 0
+        for done, file in enumerate(files, 1):
+            for document in iter_documents([file], text_field, skipped=skipped):
+                position = position_of(document.source)
+                count, lowest, highest = count + 1, min(lowest, position), max(highest, position)
+            report("read", done, len(files))
+        if not count:
+            places = ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+            raise InputError(f"There is no text in {places}: every document is empty. Name other sources.")
+        limit = min(max(int(fraction * 2**64), lowest + 1), highest)
+        return cls(
+            files=files,
+            text_field=text_field,
+            fraction=fraction,
+            count=count,
+            skipped=len(skipped),
+            limit=limit,
+        )
+
+    def documents(self) -> Iterator[tuple[str, Document]]:
+        """Every document with its split, in order."""
+        for document in iter_documents(self.files, self.text_field):
+            if self.count == 1:
+                yield from _halves(document, self.fraction)
+            else:
+                position = position_of(document.source)
+                yield "validation" if position < self.limit else "train", document
+
+
+def _halves(document: Document, fraction: float) -> Iterator[tuple[str, Document]]:
+    text = document.text
+    if len(text) < 2:
+        raise InputError(
+            f"{document.source} is the only document and has a single character, so nothing is left for "
+            f"validation. Name more sources."
+        )
+    cut = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
+    # The line that holds the cut goes to validation, unless there is no other.
+    line = text.rfind("\n", 0, cut) + 1
+    cut = line or cut
+    yield "train", Document(text=text[:cut], source=document.source)
+    yield "validation", Document(text=text[cut:], source=document.source)
+
+
+def _training_texts(plan: _Plan, report: Progress) -> Iterator[str]:
+    done = 0
+    for name, document in plan.documents():
+        if name == "train":
+            yield document.text[: TOKENIZER_BYTES - done]
+            done += len(document.text.encode("utf-8"))
+            report("tokenizer", done, None)
+            if done >= TOKENIZER_BYTES:
+                return
+
+
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    batch, size = [], 0
+    for name, document in documents:
+        batch.append((name, document))
+        size += len(document.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _find(sources: Iterable[str | Path] | str) -> list[SourceFile]:
+    items = [sources] if isinstance(sources, str | Path) else list(sources)
+    for item in items:
+        if str(item).lower().startswith(("http://", "https://", "http:/", "https:/", "hf:")):
+            raise InputError(
+                f"{item}: reading from the network is not supported yet. Download the file first, "
+                f"then name it."
+            )
+    if items == ["embedded"]:
+        return embedded_corpus()
+    return find_files(items)
+
+
+def _identity(files: list[SourceFile], options: dict[str, Any]) -> str:
+    """SHA-256 of what the result depends on: names, sizes and times of the sources, options, format."""
+    try:
+        stats = [(file.name, file.path.stat()) for file in files]
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be read: {error.strerror}. Check the path and its permissions."
+        ) from None
+    content = [VERSION, options, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _check_out(out: Path, identity: str, overwrite: bool) -> TokenData | None:
+    """The data in `out` if it is this preparation; None if `out` may be written.
+
+    Raises:
+        InputError: `out` holds something else.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise InputError(f"{out} is a file. Choose another --out, a folder.")
+    names = [path.name for path in out.iterdir()]
+    if not names:
+        return None
+    if META not in names or not all(_OURS.fullmatch(name) for name in names):
+        raise InputError(
+            f"{out} holds something else than prepared data, so it is not replaced. Choose another --out."
+        )
+    if overwrite:
+        return None
+    try:
+        meta = json.loads((out / META).read_text(encoding="utf-8"))
+        same = meta["sources"]["preparation"] == identity
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise InputError(
+            f"{out} holds another preparation: other sources, changed since, or other options. Choose "
+            f"another --out, or replace it with --overwrite (overwrite=True)."
+        )
+    try:
+        return TokenData.open(out)
+    except InputError:
+        # It was this preparation, and is damaged: doing it again is what the error would advise.
+        return None
+
+
+def _report(meta: dict[str, Any], out: Path, *, reused: bool, seconds: float) -> PrepareReport:
+    splits = meta["splits"]
+    return PrepareReport(
+        out=out,
+        reused=reused,
+        vocab_size=meta["vocab_size"],
+        documents={name: splits[name]["documents"] for name in SPLITS},
+        tokens={name: splits[name]["tokens"] for name in SPLITS},
+        bytes={name: splits[name]["bytes"] for name in SPLITS},
+        skipped=meta["sources"]["skipped"],
+        seconds=seconds,
+    )

@@ -1,0 +1,37 @@
+"""What the machine can do."""
+
+import torch
+
+from starlm.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` means: auto, cpu, cuda, or cuda:N.
+
+    Raises:
+        InputError: unknown name, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is not on this machine ({torch.cuda.device_count()} GPUs that PyTorch can use). "
+            f"Use cpu, or install a PyTorch build for your GPU."
+        )
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware, and so are faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

@@ -1,0 +1,1 @@
+"""Figures of merit: bits per byte. Imports generate, model and data."""

@@ -1,0 +1,1 @@
+"""Text from a model: sampling and streaming. Imports model and data."""

@@ -1,0 +1,1 @@
+"""The language model: config, model, decode state, checkpoint folders. Imports nn."""

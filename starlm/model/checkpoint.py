@@ -1,0 +1,187 @@
+"""Checkpoint folders: the Hugging Face layout, verified on reading, written whole or not at all.
+
+    config.json  generation_config.json  model.safetensors  tokenizer.json  manifest.json
+
+`manifest.json` has the size and SHA-256 of every other file. A run folder keeps its checkpoints as
+`checkpoints/step-000300`; its last one stands for the run.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from starlm.errors import InputError
+from starlm.files import sha256
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+from starlm.settings import from_dict, to_dict
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d+)$")
+# Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
+_HF_KEYS = {"architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "transformers_version"}
+
+
+def write_model(model: StarLM, folder: Path, *, bos: int | None = None) -> None:
+    """Write config, generation config and weights into an existing folder (see `whole_folder`).
+
+    Args:
+        bos: id of the token that begins and ends documents.
+    """
+    tokens = {} if bos is None else {"bos_token_id": bos, "eos_token_id": bos}
+    config = {
+        "architectures": ["StarLMForCausalLM"],
+        "model_type": "starlm",
+        "dtype": "float32",
+        **tokens,
+        **to_dict(model.config),
+    }
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.8, **tokens})
+    save_tensors(model.state_dict(), folder / "model.safetensors")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library reports a full disk as text; the caller wants the OSError that it was.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error), str(path)) from None
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in the folder; the last file to be written."""
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    write_json(folder / MANIFEST, {"format": "starlm-checkpoint", "version": 1, "files": entries})
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.search(path.name)]
+    return sorted(found, key=lambda path: step_of(path))
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint folder's name says."""
+    match = _STEP.search(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the last one of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.exists():
+        raise InputError(f"There is no model at {path}. Give a run folder or a checkpoint folder.")
+    if (path / "config.json").is_file():
+        return path
+    found = steps(path)
+    if not found:
+        raise InputError(
+            f"{path} holds no checkpoint: neither a config.json nor checkpoints/step-*. Give a run folder "
+            f"or a checkpoint folder; starlm train or starlm demo makes one."
+        )
+    return found[-1]
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest, if it has one.
+
+    Raises:
+        InputError: a file is missing, truncated or changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    for name, entry in read_json(path).get("files", {}).items():
+        file = folder / name
+        if not file.is_file():
+            problem = "is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            problem = f"is damaged: {file.stat().st_size} bytes instead of {entry['bytes']}"
+        elif sha256(file) != entry["sha256"]:
+            problem = "is damaged: its content does not match its SHA-256"
+        else:
+            continue
+        raise InputError(
+            f"The checkpoint {folder} cannot be used: {name} {problem}. Copy the checkpoint again, or delete "
+            f"this folder to go on from an earlier one."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: missing or malformed file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {path}: {error}. Copy the folder it belongs to again.") from None
+
+
+def load_model(path: Path, *, device: torch.device | str = "cpu") -> StarLM:
+    """The model in a checkpoint or run folder, in evaluation mode.
+
+    Raises:
+        InputError: no checkpoint there, damaged files, or weights that do not fit the config.
+    """
+    folder = find_checkpoint(path)
+    verify(folder)
+    where = str(folder / "config.json")
+    values = {k: v for k, v in read_json(folder / "config.json").items() if k not in _HF_KEYS}
+    config = from_dict(StarLMConfig, values, where=where)
+    with torch.device("meta"):
+        model = StarLM(config)
+    model.load_state_dict(_fitting(load_tensors(folder / "model.safetensors"), model, folder), assign=True)
+    return model.to(device).eval()
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: missing or damaged file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"Cannot read the weights {path}: {error}. Copy the checkpoint again, or use an earlier one."
+        ) from None
+
+
+def _fitting(tensors: dict[str, Tensor], model: StarLM, folder: Path) -> dict[str, Tensor]:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise InputError(
+                f"The weights in {folder} do not fit its config.json: {name} has shape {given.get(name)}, the "
+                f"config asks for {wanted.get(name)}. Copy the two files from the same checkpoint."
+            )
+    return tensors

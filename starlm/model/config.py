@@ -1,0 +1,122 @@
+"""What a StarLM is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from starlm.errors import InputError
+
+Preset = Literal["product", "value", "gated"]
+PRESETS: tuple[Preset, ...] = ("product", "value", "gated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarLMConfig:
+    """Shape of one model. `depth` alone gives a sensible one; every number can be set by hand."""
+
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+    depth: int = 4
+    """Layers; the dial from which the width follows."""
+    dim: int = 0
+    """Width D of the residual stream; 0 means 64 * depth."""
+    heads: int = 0
+    """Heads per layer; 0 means one per 32 channels up to width 512, one per 64 beyond."""
+    layers: str = "D"
+    """Pattern of layers, repeated to `depth`: D a Deformer, A attention (e.g. DDDA)."""
+    preset: Preset = "gated"
+    """Form of the Deformer layers."""
+    mlp_ratio: int = 4
+    """Hidden width of the relu² MLP over D; 0 leaves the MLP out."""
+    context: int = 512
+    """Tokens per training row. Generation may go further."""
+    max_shift: int | None = None
+    """Furthest reach of a Deformer head in tokens; None is unbounded. Bounded means constant memory."""
+    shift_init: float | None = None
+    """Shift in tokens that every channel starts from (a learned bias); None has no bias: 0.8 on average."""
+    softcap: float = 15.0
+    """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
+    rope_base: float = 10000.0
+    """Base of the rotary position frequencies in attention layers."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, rule: str, name: str) -> None:
+            if not ok:
+                raise InputError(f"model.{name} must be {rule}; got {getattr(self, name)!r}.")
+
+        require(1 <= self.vocab_size <= 2**31, "between 1 and 2^31", "vocab_size")
+        require(1 <= self.depth <= 1000, "between 1 and 1000", "depth")
+        require(0 <= self.dim <= 2**20, "0 (for 64 * depth) or a width up to 2^20", "dim")
+        require(self.heads >= 0, "0 (automatic) or more", "heads")
+        require(
+            bool(self.layers) and not set(self.layers) - set("DA"),
+            "a pattern of the letters D (Deformer) and A (attention)",
+            "layers",
+        )
+        require(self.preset in PRESETS, f"one of {', '.join(PRESETS)}", "preset")
+        require(self.mlp_ratio >= 0, "0 (no MLP) or more", "mlp_ratio")
+        require(self.context >= 1, "at least 1", "context")
+        require(self.max_shift is None or self.max_shift >= 0, "0 or more, or left out", "max_shift")
+        require(
+            self.shift_init is None or 0 < self.shift_init < 1e6,
+            "positive (tokens), or left out",
+            "shift_init",
+        )
+        require(self.softcap >= 0, "0 (off) or positive", "softcap")
+        require(self.rope_base > 1, "above 1", "rope_base")
+        if self.width % self.num_heads:
+            raise InputError(
+                f"model.heads must divide the width; got {self.num_heads} heads for width "
+                f"{self.width}. Choose heads from the divisors of {self.width}."
+            )
+        if "A" in self.layer_kinds and self.head_dim % 2:
+            raise InputError(
+                f"Attention layers need an even number of channels per head for rotary positions; got "
+                f"{self.head_dim} (width {self.width} over {self.num_heads} heads). Change model.heads."
+            )
+
+    @property
+    def width(self) -> int:
+        """Width D of the residual stream."""
+        return self.dim or 64 * self.depth
+
+    @property
+    def num_heads(self) -> int:
+        """Heads H per layer."""
+        return self.heads or max(1, self.width // (32 if self.width <= 512 else 64))
+
+    @property
+    def head_dim(self) -> int:
+        """Channels C per head."""
+        return self.width // self.num_heads
+
+    @property
+    def layer_kinds(self) -> str:
+        """One letter per layer: the pattern, repeated to `depth`."""
+        return (self.layers * self.depth)[: self.depth]
+
+    @property
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by part: embedding, head, mixers, mlps, total."""
+        d = self.width
+        deformer = (3 if self.preset == "value" else 4) * d * d
+        if self.shift_init is not None:
+            deformer += (2 if self.preset == "product" else 1) * d
+        mixers = sum(deformer if kind == "D" else 4 * d * d for kind in self.layer_kinds)
+        parts = {
+            "embedding": self.vocab_size * d,
+            "head": self.vocab_size * d,
+            "mixers": mixers,
+            "mlps": 2 * self.mlp_ratio * d * d * self.depth,
+        }
+        return {**parts, "total": sum(parts.values())}
+
+    def flops_per_token(self, length: int | None = None) -> int:
+        """Floating-point operations to train on one token: 6 per matrix weight, and attention's own.
+
+        Args:
+            length: tokens per row, for the attention layers; default `context`.
+        """
+        parts = self.num_parameters
+        weights = parts["total"] - parts["embedding"]
+        attended = 12 * self.width * (length or self.context) // 2
+        return 6 * weights + self.layer_kinds.count("A") * attended

@@ -1,0 +1,136 @@
+"""The language model: embedding, blocks, head."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from starlm.errors import InputError
+from starlm.model.config import StarLMConfig
+from starlm.model.state import DecodeState
+from starlm.nn.attention import Attention
+from starlm.nn.block import Block
+from starlm.nn.deformer import Deformer
+from starlm.nn.mlp import MLP
+from starlm.nn.norm import rms
+
+
+class StarLM(nn.Module):
+    """Token embedding -> RMSNorm -> blocks -> RMSNorm -> untied head -> softcap.
+
+    Example:
+        >>> model = StarLM(StarLMConfig(depth=2, vocab_size=100))
+        >>> model(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 100])
+    """
+
+    def __init__(self, config: StarLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(_block(config, kind) for kind in config.layer_kinds)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start all weights: embedding at std 1, head and output projections at zero."""
+        nn.init.normal_(self.embedding.weight)
+        nn.init.zeros_(self.head.weight)
+        for module in self.modules():
+            if isinstance(module, Deformer | Attention | MLP):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        first: Int[Tensor, "B T"] | None = None,
+        state: DecodeState | None = None,
+        last_only: bool = False,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each of `tokens`, in fp32.
+
+        Args:
+            tokens: token ids, or, with a state, the ids that continue it.
+            first: first row each token may read: where its document begins, or the row after left padding.
+                Absolute rows, also with a state; the state remembers it for the tokens that follow.
+            state: from `new_state`; gets the tokens appended.
+            last_only: logits of the last token only, [B, 1, V].
+        """
+        if state is None:
+            x = self.hidden(tokens, first=first)
+        else:
+            self._check_state(tokens, state)
+            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
+            x = self.hidden(tokens, first=reach, state=state)
+            state.advance(tokens.shape[1], first)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        first: Int[Tensor, "B T"] | None = None,
+        state: DecodeState | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The residual stream after the last block, normalised."""
+        x = rms(self.embedding(tokens))
+        for index, block in enumerate(self.blocks):
+            x = block(x, first=first, state=None if state is None else state.layers[index])
+        return rms(x)
+
+    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """softcap * tanh(head(hidden) / softcap), in fp32 at the least."""
+        logits = self.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        *,
+        first: Int[Tensor, "B T"] | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats of `targets` (-1 is ignored): the mean, or with reduction="none" [B, T]."""
+        logits = self(tokens, first=first)
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
+        )
+        return loss.view(targets.shape) if reduction == "none" else loss
+
+    def new_state(self, batch: int = 1, *, rollback: int = 64) -> DecodeState:
+        """An empty decode state of `batch` sequences; see `DecodeState`."""
+        return DecodeState(len(self.blocks), batch, rollback=rollback)
+
+    def state_bytes_per_token(self, element_size: int = 4) -> int:
+        """Bytes by which a decode state grows with each token of one sequence."""
+        growing = 0
+        for kind in self.config.layer_kinds:
+            if kind == "A":
+                growing += 2
+            elif self.config.max_shift is None:
+                growing += 2 if self.config.preset == "product" else 1
+        return growing * self.config.width * element_size
+
+    def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
+        if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):
+            raise InputError(
+                f"The decode state has {state.batch} slots and {len(state.layers)} layers; the tokens have "
+                f"batch {tokens.shape[0]}, the model {len(self.blocks)} layers. Use model.new_state(batch)."
+            )
+
+
+def _block(config: StarLMConfig, kind: str) -> Block:
+    if kind == "A":
+        mixer = Attention(config.width, config.num_heads, rope_base=config.rope_base)
+    else:
+        mixer = Deformer(
+            config.width,
+            config.num_heads,
+            preset=config.preset,
+            max_shift=config.max_shift,
+            shift_init=config.shift_init,
+        )
+    return Block(mixer, MLP(config.width, config.mlp_ratio) if config.mlp_ratio else None)

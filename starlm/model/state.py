@@ -1,0 +1,99 @@
+"""The decode state: everything that a model remembers of the tokens it has read."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from starlm.errors import InputError
+from starlm.nn.state import LayerState
+
+
+class DecodeState:
+    """State of `batch` independent sequences (slots) in a model of `num_layers` layers.
+
+    `model(tokens, state=state)` appends tokens and moves the state on; the logits are those of one full
+    forward. Slots may have different lengths. `crop` moves a pointer; `fork` and `reorder` copy.
+
+    Example:
+        >>> from starlm import StarLM, StarLMConfig
+        >>> model = StarLM(StarLMConfig(depth=1, vocab_size=50))
+        >>> state = model.new_state()
+        >>> logits = model(torch.tensor([[1, 2, 3]]), state=state)
+        >>> state.lengths
+        [3]
+        >>> state.crop(1); state.lengths
+        [1]
+    """
+
+    def __init__(self, num_layers: int, batch: int = 1, *, rollback: int = 64) -> None:
+        """Args:
+        num_layers: layers of the model.
+        batch: number of slots.
+        rollback: tokens that `crop` can give back where `max_shift` bounds the memory. Without a bound
+            any crop is possible.
+        """
+        self.rollback = rollback
+        self.lengths = [0] * batch
+        # Rows at which documents begin, per slot, the first at 0: crop falls back to the one before.
+        self.documents: list[list[int]] = [[0] for _ in range(batch)]
+        self.layers = [LayerState(self.lengths, rollback) for _ in range(num_layers)]
+
+    @property
+    def batch(self) -> int:
+        """Number of slots."""
+        return len(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the state holds."""
+        return sum(rows.num_bytes for layer in self.layers for rows in layer.streams.values())
+
+    def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
+        """The first row that the next `length` tokens may read, if no new document begins; None for row 0."""
+        starts = [documents[-1] for documents in self.documents]
+        if not any(starts):
+            return None
+        return torch.tensor(starts, device=device)[:, None].expand(-1, length)
+
+    def advance(self, length: int, first: Int[Tensor, "B T"] | None = None) -> None:
+        """Count `length` more tokens in every slot; the layers have appended their rows already."""
+        for slot in range(self.batch):
+            self.lengths[slot] += length
+        if first is not None:
+            for documents, starts in zip(self.documents, first.tolist(), strict=True):
+                documents += [s for s in sorted(set(starts)) if s > documents[-1]]
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Forget all but the first `lengths` tokens of each slot (one number for all, or one each).
+
+        Raises:
+            InputError: more tokens than there are, or, with `max_shift`, more than `rollback` given back.
+        """
+        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        for slot, (keep, have) in enumerate(zip(wanted, self.lengths, strict=True)):
+            if not 0 <= keep <= have:
+                raise InputError(f"Cannot crop slot {slot} to {keep} tokens: it has {have}.")
+            for layer in self.layers:
+                layer.check_crop(slot, keep)
+        for slot, keep in enumerate(wanted):
+            self.lengths[slot] = keep
+            documents = self.documents[slot]
+            while len(documents) > 1 and documents[-1] >= max(keep, 1):
+                documents.pop()
+            if not keep:
+                for layer in self.layers:
+                    layer.clear(slot)
+
+    def reorder(self, slots: Sequence[int]) -> "DecodeState":
+        """A copy whose slot i is this state's slot slots[i]; slots may repeat (beam search, n samples)."""
+        chosen = DecodeState(len(self.layers), len(slots), rollback=self.rollback)
+        chosen.lengths[:] = [self.lengths[slot] for slot in slots]
+        chosen.documents = [list(self.documents[slot]) for slot in slots]
+        chosen.layers = [layer.select(slots, chosen.lengths) for layer in self.layers]
+        return chosen
+
+    def fork(self, copies: int = 1) -> "DecodeState":
+        """An independent copy; each slot `copies` times in a row."""
+        return self.reorder([slot for slot in range(self.batch) for _ in range(copies)])

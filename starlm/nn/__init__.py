@@ -1,0 +1,1 @@
+"""Layers: Deformer, attention, MLP, norm, block. Imports ops."""

@@ -1,0 +1,29 @@
+"""One layer of the residual stream."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from starlm.nn.attention import Attention
+from starlm.nn.deformer import Deformer
+from starlm.nn.mlp import MLP
+from starlm.nn.norm import rms
+from starlm.nn.state import LayerState
+
+
+class Block(nn.Module):
+    """x += mixer(rms x); x += mlp(rms x), the latter if there is an MLP."""
+
+    def __init__(self, mixer: Deformer | Attention, mlp: MLP | None) -> None:
+        super().__init__()
+        self.mixer, self.mlp = mixer, mlp
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        first: Int[Tensor, "B T"] | None = None,
+        state: LayerState | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The residual stream after this layer."""
+        x = x + self.mixer(rms(x), first=first, state=state)
+        return x if self.mlp is None else x + self.mlp(rms(x))

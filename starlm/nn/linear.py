@@ -1,0 +1,14 @@
+"""Dense layers without bias, and how their weights start."""
+
+from torch import nn
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A bias-free dense layer fan_in -> fan_out; `init_matrix` or `nn.init.zeros_` starts it."""
+    return nn.Linear(fan_in, fan_out, bias=False)
+
+
+def init_matrix(layer: nn.Linear) -> None:
+    """Start at std 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (spectral scaling, arXiv 2310.17813)."""
+    fan_out, fan_in = layer.weight.shape
+    nn.init.normal_(layer.weight, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))

@@ -1,0 +1,25 @@
+"""The position-wise part of a block."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from starlm.nn.linear import init_matrix, linear
+
+
+class MLP(nn.Module):
+    """relu² MLP, D -> ratio * D -> D (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.up = linear(dim, ratio * dim)
+        self.down = linear(ratio * dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Start the weights: `down` at zero, so that the block starts as the identity."""
+        init_matrix(self.up)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """down(relu(up(x))²)"""
+        return self.down(torch.relu(self.up(x)).square())

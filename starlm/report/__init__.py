@@ -1,0 +1,1 @@
+"""Metrics files to HTML pages and plots."""

@@ -1,0 +1,123 @@
+"""What metrics.jsonl says about a run, whatever happened to the run."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlm.errors import InputError
+from starlm.settings import read_toml
+
+Record = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class RunMetrics:
+    """One run folder as a report sees it. Records are in the order of their steps."""
+
+    name: str
+    folder: Path
+    config: Record = field(default_factory=dict)
+    """run.toml as plain values; empty without one."""
+    plan: Record = field(default_factory=dict)
+    """The last session's plan."""
+    steps: list[Record] = field(default_factory=list)
+    validations: list[Record] = field(default_factory=list)
+    samples: list[Record] = field(default_factory=list)
+    """Of the last step that has some."""
+    end: Record | None = None
+    """The last record of a run that reached its horizon."""
+    sessions: int = 0
+    """How often training was started or went on."""
+    damaged: int = 0
+    """Lines within the file that are no records; one that was cut off at its end does not count."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was trained."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.steps[-1]["tokens"] if self.steps else 0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in steps, over all sessions."""
+        return self.steps[-1]["seconds"] if self.steps else 0.0
+
+
+def read_run(folder: Path) -> RunMetrics:
+    """The metrics of a run folder.
+
+    Where a run went on from a checkpoint, what it did after that checkpoint before is left out; where two
+    records speak of the same step, the later one counts.
+
+    Raises:
+        InputError: there is no metrics.jsonl, or it has no record.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be reported on: {path.name}: {error.strerror}. Give a run folder; starlm train "
+            f"or starlm demo makes one."
+        ) from None
+    run = RunMetrics(name=folder.resolve().name, folder=folder)
+    run.config = read_toml(folder / "run.toml") if (folder / "run.toml").is_file() else {}
+    found: dict[tuple[Any, ...], Record] = {}
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is None:
+            run.damaged += number < len(lines)
+        elif record["kind"] == "plan":
+            start = record.get("start_step", 0)
+            found = {key: old for key, old in found.items() if old["step"] <= start and key[0] != "end"}
+            run.plan, run.sessions = record, run.sessions + 1
+        else:
+            found[record["kind"], record["step"], record.get("prompt")] = record
+    if not found and not run.plan:
+        raise InputError(f"{path} has no record yet. Wait for the first step, then write the report again.")
+    records = sorted(found.values(), key=lambda record: record["step"])
+    run.steps = _of_kind(records, "step")
+    run.validations = _of_kind(records, "validation")
+    samples = _of_kind(records, "sample")
+    run.samples = [record for record in samples if record["step"] == samples[-1]["step"]]
+    run.end = next(iter(_of_kind(records, "end")), None)
+    return run
+
+
+def _record(line: bytes) -> Record | None:
+    """The record in a line; None if it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "kind" not in record:
+        return None
+    return record if record["kind"] == "plan" or isinstance(record.get("step"), int) else None
+
+
+def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Mean over the `span` values around each, fewer at the ends, so that the curve does not lag.
+
+    Args:
+        values: finite numbers.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    half = span // 2
+    result = []
+    for index in range(len(values)):
+        # As many to the left as to the right, or the ends of a falling curve would bend.
+        reach = min(half, index, len(values) - 1 - index)
+        low, high = index - reach, index + reach + 1
+        result.append((sums[high] - sums[low]) / (high - low))
+    return result

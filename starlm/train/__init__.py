@@ -1,0 +1,1 @@
+"""Pretraining: config, optimizers, schedule, checkpoints, the loop. Imports model and data."""

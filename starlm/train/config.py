@@ -1,0 +1,131 @@
+"""What one training run is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from starlm.errors import InputError
+from starlm.model.config import StarLMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates and schedule: Muon for matrices, AdamW for embedding, head and shifts' biases."""
+
+    matrix_lr: float = 0.02
+    """Muon's rate for the matrices."""
+    shift_lr: float = 1.0
+    """The shift projections' rate, as a factor of matrix_lr."""
+    embedding_lr: float = 0.2
+    """AdamW's rate for the embedding at width 768; scaled by (D / 768)^-0.5."""
+    head_lr: float = 0.004
+    """AdamW's rate for the head at width 768; scaled by (D / 768)^-0.5."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices."""
+    momentum: float = 0.95
+    """Muon's momentum, reached from 0.85 over the first 300 steps."""
+    beta1: float = 0.8
+    """AdamW's first beta."""
+    beta2: float = 0.95
+    """AdamW's second beta."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 is off."""
+    warmup: float = 0.0
+    """Share of the horizon over which the rates rise from 0."""
+    warmdown: float = 0.4
+    """Share of the horizon over which the rates fall to `final`."""
+    final: float = 0.0
+    """Rate at the end, as a share of the full rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Give the horizon as one of steps, tokens, tokens_per_param."""
+
+    data: Path = Path("data")
+    """Folder that `starlm data prepare` wrote."""
+    out: Path = Path("runs/base")
+    """Run folder. If it holds a run already, that run goes on where it was."""
+    model: StarLMConfig = field(default_factory=StarLMConfig)
+    """The model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedule."""
+    batch_tokens: int = 4096
+    """Tokens per optimizer step; a multiple of the context."""
+    micro_rows: int = 0
+    """Rows per forward pass (the rest by gradient accumulation); 0 takes the whole batch at once."""
+    steps: int | None = None
+    """Horizon in optimizer steps."""
+    tokens: int | None = None
+    """Horizon in tokens."""
+    tokens_per_param: float | None = None
+    """Horizon in tokens per parameter (embedding left out); the default horizon is 20."""
+    eval_every: int = 250
+    """Steps between validations; 0 only validates at the end."""
+    eval_tokens: int = 65536
+    """Validation tokens; 0 takes all."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 only samples at the end."""
+    sample_prompts: tuple[str, ...] = ("def ", "class ", "import ")
+    """Prompts of the samples."""
+    save_every: int = 250
+    """Steps between checkpoints; 0 only saves at the end."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the matrix products; auto takes bfloat16 where the hardware has it."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    workers: int = 1
+    """Threads that prepare batches; the order of the data does not depend on it."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, rule: str, name: str) -> None:
+            if not ok:
+                raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+
+        horizons = [self.steps, self.tokens, self.tokens_per_param]
+        if sum(h is not None for h in horizons) > 1:
+            raise InputError(
+                f"Give the horizon once: got steps={self.steps}, tokens={self.tokens}, "
+                f"tokens_per_param={self.tokens_per_param}. Keep one of them."
+            )
+        for name in ("steps", "tokens", "tokens_per_param"):
+            value = getattr(self, name)
+            require(value is None or value > 0, "above 0, or left out", name)
+        require(
+            self.batch_tokens >= self.model.context and self.batch_tokens % self.model.context == 0,
+            f"a multiple of model.context ({self.model.context})",
+            "batch_tokens",
+        )
+        require(
+            self.micro_rows >= 0 and (self.micro_rows == 0 or self.rows % self.micro_rows == 0),
+            f"0 or a divisor of the rows per batch ({self.rows})",
+            "micro_rows",
+        )
+        for name in ("eval_every", "eval_tokens", "sample_every", "save_every"):
+            require(getattr(self, name) >= 0, "0 or more", name)
+        require(self.keep >= 1, "at least 1", "keep")
+        require(self.workers >= 1, "at least 1", "workers")
+        require(0 <= self.seed < 2**63, "between 0 and 2^63", "seed")
+
+    @property
+    def rows(self) -> int:
+        """Rows of `context` tokens per optimizer step."""
+        return self.batch_tokens // self.model.context
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        tokens = self.tokens
+        if tokens is None:
+            parts = self.model.num_parameters
+            ratio = 20.0 if self.tokens_per_param is None else self.tokens_per_param
+            tokens = ratio * (parts["total"] - parts["embedding"])
+        return max(1, round(tokens / self.batch_tokens))

@@ -1,0 +1,122 @@
+"""Muon for the matrices, AdamW for the rest, one schedule for both."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from starlm.model.model import StarLM
+from starlm.nn.deformer import Deformer
+from starlm.train.config import OptimConfig
+
+MOMENTUM_START, MOMENTUM_STEPS = 0.85, 300
+
+
+def rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Share of the full learning rate at a step: linear up, flat, linear down to `final`.
+
+    Args:
+        step: 0 for the first step.
+        num_steps: the horizon.
+    """
+    up, down = config.warmup * num_steps, config.warmdown * num_steps
+    left = num_steps - step
+    if step < up:
+        return (step + 1) / max(up, 1)
+    if left < down:
+        return config.final + (1 - config.final) * left / down
+    return 1.0
+
+
+class Optimizers:
+    """The optimizers of one model: each parameter in exactly one group.
+
+    Matrices take Muon (kellerjordan.github.io/posts/muon); the shift projections are a Muon group with a
+    rate of their own. Embedding, head and biases take AdamW, with rates scaled by (D / 768)^-0.5.
+    """
+
+    def __init__(self, model: StarLM, config: OptimConfig) -> None:
+        self.config = config
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = _groups(model)
+        scale = (model.config.width / 768) ** -0.5
+        adam = [
+            {"params": groups["embedding"], "lr": config.embedding_lr * scale},
+            {"params": groups["head"], "lr": config.head_lr * scale},
+            {"params": groups["biases"], "lr": config.head_lr * scale},
+        ]
+        muon = [
+            {"params": groups["matrices"], "lr": config.matrix_lr},
+            {"params": groups["shifts"], "lr": config.matrix_lr * config.shift_lr},
+        ]
+        self.adam = torch.optim.AdamW(
+            [group for group in adam if group["params"]],
+            betas=(config.beta1, config.beta2),
+            eps=1e-10,
+            weight_decay=0.0,
+        )
+        self.muon = torch.optim.Muon(
+            [group for group in muon if group["params"]],
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        for optimizer in (self.adam, self.muon):
+            for group in optimizer.param_groups:
+                group["full_lr"] = group["lr"]
+
+    def step(self, step: int, num_steps: int) -> float:
+        """Update every parameter from its gradient, clear the gradients, and return the share of the rate."""
+        share = rate(step, num_steps, self.config)
+        ramp = min(step / MOMENTUM_STEPS, 1.0)
+        for group in self.muon.param_groups:
+            group["momentum"] = MOMENTUM_START + (self.config.momentum - MOMENTUM_START) * ramp
+        for optimizer in (self.adam, self.muon):
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return share
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizers' state as named tensors: "<parameter>/<quantity>"."""
+        return {
+            f"{self.names[parameter]}/{key}": value
+            for optimizer in (self.adam, self.muon)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the state that `tensors` once returned."""
+        owner = {
+            self.names[parameter]: (optimizer, parameter)
+            for optimizer in (self.adam, self.muon)
+            for parameter in _parameters(optimizer)
+        }
+        for key, value in tensors.items():
+            name, quantity = key.rsplit("/", 1)
+            optimizer, parameter = owner[name]
+            # AdamW counts its steps in a CPU tensor, wherever the parameter is.
+            device = "cpu" if quantity == "step" else parameter.device
+            optimizer.state[parameter][quantity] = value.to(device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _groups(model: StarLM) -> dict[str, list[nn.Parameter]]:
+    deformers = [module for module in model.modules() if isinstance(module, Deformer)]
+    shifts = {id(p) for module in deformers for p in module.shift_parameters()}
+    groups: dict[str, list[nn.Parameter]] = {
+        name: [] for name in ("embedding", "head", "matrices", "shifts", "biases")
+    }
+    for name, parameter in model.named_parameters():
+        if name.startswith(("embedding.", "head.")):
+            groups[name.split(".")[0]].append(parameter)
+        elif parameter.ndim < 2:
+            groups["biases"].append(parameter)
+        else:
+            groups["shifts" if id(parameter) in shifts else "matrices"].append(parameter)
+    return groups

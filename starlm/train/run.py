@@ -1,0 +1,151 @@
+"""The run folder: settings, metrics and checkpoints of one training run, and how a run goes on.
+
+run.toml  tokenizer.json  metrics.jsonl  checkpoints/step-000300/  report.html
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
+from starlm.files import whole_folder, write_whole
+from starlm.model.checkpoint import (
+    load_model,
+    load_tensors,
+    read_json,
+    save_tensors,
+    step_of,
+    steps,
+    write_json,
+    write_manifest,
+    write_model,
+)
+from starlm.model.model import StarLM
+from starlm.settings import from_dict, read_toml, to_dict, to_toml
+from starlm.train.config import TrainConfig
+from starlm.train.optim import Optimizers
+
+# What may change between two sessions of one run: it alters neither the weights nor the data so far.
+FREE = {
+    "out", "data", "steps", "tokens", "tokens_per_param", "eval_every", "eval_tokens", "sample_every",
+    "sample_prompts", "save_every", "keep", "workers",
+}  # fmt: skip
+
+
+class Run:
+    """The folder of one run. Everything in it is written whole or not at all."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Args: config: of the session that begins. If the folder holds a run, it must be the same one."""
+        self.config, self.folder = config, config.out
+        self._check_same()
+
+    def _check_same(self) -> None:
+        path = self.folder / "run.toml"
+        if not path.is_file():
+            if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
+                raise InputError(
+                    f"{self.folder} is not empty and holds no run (no run.toml). Choose another --out."
+                )
+            return
+        old = to_dict(replace(read_config(self.folder), out=self.config.out))
+        changed = [
+            f"{name} was {a!r}, is {b!r}"
+            for name, a, b in _differences(old, to_dict(self.config))
+            if name not in FREE
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to "
+                f"go on with it, or another --out for a new run."
+            )
+
+    def begin(self, tokenizer: Tokenizer, step: int) -> None:
+        """Write settings and tokenizer; drop metrics of steps after `step`, which will be run again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(self.folder / "tokenizer.json")
+        write_whole(self.folder / "run.toml", to_toml(self.config).encode())
+        kept = [r for r in self.records() if r.get("step", 0) <= step and not (r["kind"] == "end")]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_whole(self.folder / "metrics.jsonl", lines.encode())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl so far; a last line that was cut off is left out."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        records = []
+        for line in path.read_bytes().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def last_step(self) -> int:
+        """Steps behind the last checkpoint; 0 without one."""
+        found = steps(self.folder)
+        return step_of(found[-1]) if found else 0
+
+    def save(
+        self, step: int, model: StarLM, optimizers: Optimizers, tokenizer: Tokenizer, extra: dict
+    ) -> Path:
+        """Write the checkpoint of a step, and remove those older than the last `keep`.
+
+        Args:
+            extra: plain values that `load` gives back.
+        """
+        path = self.folder / "checkpoints" / f"step-{step:06d}"
+        with whole_folder(path) as folder:
+            write_model(model, folder, bos=tokenizer.bos)
+            tokenizer.save(folder / "tokenizer.json")
+            save_tensors(optimizers.tensors(), folder / "optimizer.safetensors")
+            write_json(folder / "trainer.json", {"step": step, **extra})
+            write_manifest(folder)
+        for old in steps(self.folder)[: -self.config.keep]:
+            # Renamed first, so that a kill in the middle leaves no folder that looks like a checkpoint.
+            doomed = old.with_name(f".{old.name}.removed")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        for doomed in path.parent.glob(".*.removed"):
+            shutil.rmtree(doomed, ignore_errors=True)
+        return path
+
+    def load(self, model: StarLM, optimizers: Optimizers) -> dict[str, Any]:
+        """Take over weights and optimizer state of the last checkpoint; returns its `extra` and step.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        folder = steps(self.folder)[-1]
+        model.load_state_dict(load_model(folder).state_dict())
+        optimizers.load(load_tensors(folder / "optimizer.safetensors"))
+        return read_json(folder / "trainer.json")
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings in a run folder's run.toml.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = folder / "run.toml"
+    return from_dict(TrainConfig, read_toml(path), where=str(path))
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            found += _differences(old[key], value, f"{prefix}{key}.")
+        elif old[key] != value:
+            found.append((prefix + key, old[key], value))
+    return found

@@ -1,0 +1,124 @@
+"""Defaults < preset < TOML < command line; --dry-run and --json."""
+
+import inspect
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from starlm.cli.main import VERBS
+from starlm.cli.presets import DEMO, TRAIN
+from starlm.cli.train import VERBS as TRAIN_VERBS
+from starlm.model.config import StarLMConfig
+from starlm.settings import from_dict
+from starlm.train.config import TrainConfig
+
+
+@pytest.fixture
+def resolved(command):
+    """The configuration that `starlm train ARGS` resolves to."""
+    return lambda *argv: command("train", *argv, "--dry-run", "--json").json["config"]
+
+
+def test_defaults(resolved):
+    assert from_dict(TrainConfig, resolved(), where="") == TrainConfig()
+
+
+def test_each_layer_goes_over_the_one_below(resolved):
+    Path("a.toml").write_text("keep = 7\nseed = 7\n[model]\nheads = 2\n")
+    preset = TRAIN["small"]["model"]
+    config = resolved("--preset", "small", "--config", "a.toml", "--seed", "8", "--model.mlp-ratio=2")
+    assert config["model"]["depth"] == preset["depth"]
+    assert config["model"]["context"] == preset["context"]
+    assert (config["model"]["heads"], config["keep"]) == (2, 7)
+    assert (config["seed"], config["model"]["mlp_ratio"]) == (8, 2)
+
+
+def test_layers_may_make_sense_only_together(resolved):
+    # Neither 4096 tokens per step and a context of 384, nor 3840 and 512, fit together.
+    Path("a.toml").write_text("[model]\ncontext = 384\n")
+    config = resolved("--config=a.toml", "--batch_tokens", "3840")
+    assert (config["model"]["context"], config["batch_tokens"]) == (384, 3840)
+
+
+def test_a_horizon_replaces_the_one_below(resolved):
+    Path("a.toml").write_text("tokens = 81920\n")
+    names = ("steps", "tokens", "tokens_per_param")
+    assert [resolved("--preset", "demo")[n] for n in names] == [DEMO["steps"], None, None]
+    assert [resolved("--preset", "demo", "--config", "a.toml")[n] for n in names] == [None, 81920, None]
+    assert [resolved("--config", "a.toml", "--tokens-per-param", "2")[n] for n in names] == [None, None, 2.0]
+
+
+def test_two_horizons_in_one_layer_are_an_error(command):
+    done = command("train", "--steps", "3", "--tokens", "5")
+    assert done.code == 2
+    assert "Give the horizon once: got steps=3, tokens=5" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\ndeph = 3\n", "Unknown key 'model.deph' in a.toml. Did you mean 'depth'?"),
+        ("steps = 'many'\n", "steps in a.toml must be of type int; got 'many'."),
+        ("steps = \n", "The config file a.toml is not valid TOML"),
+        ("batch_tokens = 100\n", "batch_tokens must be a multiple of model.context (512); got 100."),
+    ],
+)
+def test_toml_errors(command, text, message):
+    Path("a.toml").write_text(text)
+    done = command("train", "--config", "a.toml", "--dry-run")
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_dry_run_prints_toml_and_runs_nothing(command, tmp_path, verb):
+    done = command(*verb.split(), "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    # The plan is in comments, so the output is itself a file for --config.
+    Path(tmp_path / "again.toml").write_text(done.out)
+    tomllib.loads(done.out)
+    again = command(*verb.split(), "--config", "again.toml", "--dry-run")
+    assert again.out == done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["again.toml"]
+
+
+def test_dry_run_of_training_says_what_it_takes(command):
+    done = command("train", "--preset", "demo", "--steps", "10", "--dry-run", "--json")
+    assert "# flops per token" in done.err
+    plan, model = done.json["plan"], StarLMConfig(**DEMO["model"])
+    assert plan["parameters"] == model.num_parameters
+    assert plan["flops_per_token"] == model.flops_per_token()
+    assert (plan["steps"], plan["tokens"]) == (10, 10 * DEMO["batch_tokens"])
+    assert plan["flops_in_total"] == model.flops_per_token() * plan["tokens"]
+    memory = plan["memory_MiB_approximate"]
+    assert memory["weights"] == memory["gradients"] == round(4 * model.num_parameters["total"] / 2**20)
+    assert memory["total"] >= memory["weights"] + memory["optimizer"] + memory["activations"]
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_presets_resolve(resolved, name):
+    assert from_dict(TrainConfig, resolved("--preset", name), where=name).num_steps > 0
+
+
+def test_verbs_without_presets_have_no_such_option(command):
+    assert "--preset" not in command("doctor", "--help").out
+    assert "--preset" in command("train", "--help").out
+    done = command("doctor", "--preset", "x")
+    assert done.code == 2
+    assert "Unknown preset 'x'. There are: none here." in done.err
+
+
+def test_option_file_named_last_counts(resolved):
+    Path("a.toml").write_text("seed = 1\n")
+    Path("b.toml").write_text("seed = 2\n")
+    assert resolved("--config", "a.toml", "--config=b.toml")["seed"] == 2
+
+
+def test_every_option_has_help():
+    # tyro takes it from the docstring under the field; one that is missing shows as a bare line.
+    source = inspect.getsource(TrainConfig)
+    for field in fields(TRAIN_VERBS["train"].options):
+        after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
+        assert after.strip().startswith('"""'), field.name

@@ -1,0 +1,252 @@
+"""What each verb does with what it is given."""
+
+import io
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from starlm.cli.generate import GenerateOptions
+from starlm.cli.tokenizer import visible
+from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
+
+
+def test_train(command, fake_train):
+    done = command("train", "--out", "runs/x", "--steps", "20", "--json")
+    assert done.code == 0
+    assert done.json["bits_per_byte"] == 2.5
+    assert done.json["out"] == "runs/x"
+    assert "step 20: validation loss" in done.err
+    assert fake_train[0].steps == 20
+
+
+def test_demo_goes_all_the_way(command, fake_train, fake_data):
+    done = command("demo", "--steps", "20")
+    assert done.code == 0, done.err
+    order = [
+        *("1/4  Tokenizer and data", "2/4  Training", "step 1/20"),
+        *("3/4  Evaluation and samples", "step 20: validation", "step 20: sample", "4/4  Report"),
+        'starlm generate --model runs/demo --prompt "def "',
+    ]
+    places = [done.out.index(text) for text in order]
+    assert places == sorted(places)
+    assert done.out.count("3/4") == 1
+    (sources, out, options), *more = fake_data.prepared
+    assert (sources, out, options["vocab_size"], more) == ("embedded", Path("data/demo"), 4096, [])
+    assert Path("runs/demo/report.html").is_file()
+
+
+def test_demo_takes_what_is_there(command, fake_train, fake_data):
+    command("demo", "--steps", "20")
+    done = command("demo", "--steps", "20", "--json")
+    assert len(fake_data.prepared) == 1
+    assert "data/demo is there already" in done.err
+    assert done.json["report"] == "runs/demo/report.html"
+
+
+def test_data_prepare(command, fake_data):
+    done = command("data", "prepare", "a", "b.txt", "--out", "d", "--vocab-size", "300", "--json")
+    assert done.code == 0, done.err
+    sources, out, options = fake_data.prepared[0]
+    assert (sources, out, options["vocab_size"]) == (["a", "b.txt"], Path("d"), 300)
+    assert done.json == {"out": "d", "tokens": 100}
+    assert "tokens: 2/2 (100%)" in done.err
+
+
+def test_data_prepare_of_the_embedded_corpus(command, fake_data):
+    command("data", "prepare")
+    assert fake_data.prepared[0][0] == "embedded"
+    done = command("data", "prepare", "embedded", "mine")
+    assert done.code == 2
+    assert "stands alone" in done.err
+
+
+def test_data_stats(command, fake_data):
+    done = command("data", "stats", "--verify", "--json")
+    assert done.json["splits"]["train"] == {
+        **{"documents": 3, "tokens": 100, "bytes": 250, "bytes_per_token": 2.5}
+    }
+    assert fake_data.kind.verified == 1
+
+
+def test_tokenizer_train_then_show(command):
+    Path("text").mkdir()
+    Path("text/a.txt").write_text("the cat and the hat and the bat\n" * 20)
+    done = command("tokenizer", "train", "text", "--out", "t.json", "--vocab-size", "275", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["vocab_size"], done.json["documents"]) == (275, 1)
+    shown = command("tokenizer", "show", "the rat\n", "--tokenizer", "t.json", "--json")
+    ids = Tokenizer.load("t.json").encode("the rat\n")
+    assert shown.json["ids"] == ids
+    assert "".join(shown.json["tokens"]) == "the·rat↵"
+    assert shown.json["bytes_per_token"] == 8 / len(ids)
+    assert "the│" in shown.err
+
+
+def test_tokenizer_show_reads_stdin(command, monkeypatch):
+    Tokenizer.train(["abc"], 265).save(Path("t.json").absolute())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
+    assert command("tokenizer", "show", "--tokenizer", "t.json", "--json").json["tokens"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("piece", "text"),
+    [
+        (b" a", "·a"),
+        (b"\n\t", "↵→"),
+        (b"\xc3", "\\xc3"),
+        ("é".encode(), "é"),
+        (b"\x1b", "\\x1b"),
+        (b"\0", "\\x00"),
+    ],
+)
+def test_visible(piece, text):
+    assert visible(piece) == text
+
+
+@pytest.fixture
+def fake_model(stand_in):
+    """A model that continues "x" with "x!" and keeps what it was asked."""
+    asked = []
+
+    class Model:
+        tokenizer = SimpleNamespace(encode=list)
+        model = SimpleNamespace()
+
+        def stream(self, prompt, **options):
+            asked.append((prompt, options))
+            yield from (prompt, "!")
+
+    def load(path, device="auto"):
+        if not Path(path).exists():
+            raise InputError(f"There is no model at {path}.")
+        return Model()
+
+    stand_in("starlm.generate.text", load=load)
+    Path("m").mkdir()
+    return asked
+
+
+def test_generate(command, fake_model):
+    done = command(
+        "generate", "--model", "m", "--prompt", "ab", "--top-k", "3", "--stop", "\n", "--max-tokens", "9"
+    )
+    assert (done.code, done.out, done.err) == (0, "ab!\n", "")
+    prompt, options = fake_model[0]
+    assert (prompt, options["top_k"], options["stop"], options["max_tokens"]) == ("ab", 3, ("\n",), 9)
+
+
+def test_generate_json(command, fake_model):
+    done = command("generate", "--model", "m", "--prompt", "ab", "--json", "--preset", "greedy")
+    assert done.err == "ab!\n"
+    assert (done.json["text"], done.json["tokens"]) == ("ab!", 3)
+    assert done.json["tokens_per_second"] > 0
+    assert fake_model[0][1]["temperature"] == 0
+
+
+def test_generate_takes_the_prompt_from_stdin_or_a_file(command, fake_model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
+    assert command("generate", "--model", "m").out == "piped!\n"
+    Path("p.txt").write_text("filed")
+    assert command("generate", "--model", "m", "--prompt-file", "p.txt").out == "filed!\n"
+    Path("p.txt").write_bytes(b"\xff")
+    assert "not UTF-8 text: at byte 0" in command("generate", "--model", "m", "--prompt-file", "p.txt").err
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    done = command("generate", "--model", "m")
+    assert (done.code, done.out) == (2, "")
+    assert "Give a prompt" in done.err
+
+
+def test_generate_without_a_model(command, fake_model):
+    done = command("generate", "--model", "nowhere", "--prompt", "x")
+    assert (done.code, done.err) == (2, "error: There is no model at nowhere.\n")
+
+
+def test_generate_offers_all_of_sampling():
+    from starlm.generate.sampling import Sampling
+
+    options = {field.name: field.default for field in fields(GenerateOptions)}
+    assert {f.name: f.default for f in fields(Sampling)}.items() <= options.items()
+
+
+def test_eval(command, fake_model, fake_data, stand_in):
+    calls = []
+
+    def evaluate(model, split, tokenizer, *, progress, **options):
+        calls.append(options)
+        progress(50, 100)
+        return {"loss": 3.0, "bits_per_byte": 1.5, "tokens": 99, "bytes": 250}
+
+    stand_in("starlm.evaluate.bits_per_byte", evaluate=evaluate)
+    Path("d").mkdir()
+    Path("m/run.toml").write_text('data = "d"\n')
+    Path("m/checkpoints/step-1").mkdir(parents=True)
+    for model in ("m", "m/checkpoints/step-1"):
+        done = command("eval", "--model", model, "--json", "--max-tokens", "100")
+        assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err
+    assert calls[0]["max_tokens"] == 100
+    assert "1.5000 bits per byte" in done.err
+
+
+def test_eval_without_data(command, fake_model):
+    done = command("eval", "--model", "m")
+    assert (done.code, "belongs to no run" in done.err) == (2, True)
+    Path("m/run.toml").write_text('data = "gone"\n')
+    done = command("eval", "--model", "m")
+    assert (done.code, "names the data folder gone, which is not there" in done.err) == (2, True)
+    assert "There is no model at x" in command("eval", "--model", "x").err
+
+
+def test_report(command, fake_train):
+    command("train", "--out", "runs/x")
+    done = command("report", "runs/x", "--json")
+    assert done.json == {"html": "runs/x/report.html", "markdown": "runs/x/report.md"}
+    assert Path("runs/x/report.md").is_file()
+    missing = command("report", "runs/none")
+    assert (missing.code, "runs/none cannot be reported on" in missing.err) == (2, True)
+
+
+def test_bench_op(command, stand_in):
+    def main(options):
+        print("a table")
+        return {"tokens": options.batch_tokens}
+
+    stand_in("starlm.bench.op", main=main)
+    done = command("bench", "op", "--preset", "quick", "--json")
+    assert (done.json, done.err) == ({"tokens": 2048}, "a table\n")
+
+
+def test_doctor(command):
+    done = command("doctor", "--matmul-size", "64", "--json")
+    assert done.code == 0, done.err
+    machine = done.json["machine"]
+    assert machine["operator, cpu"] == "works"
+    assert {
+        "python",
+        "torch",
+        "memory",
+        "disk",
+        "GPU",
+        "torch threads",
+        "matmul on the CPU",
+    } <= machine.keys()
+
+
+def test_doctor_survives_what_it_looks_for(command, monkeypatch):
+    import starlm.ops
+
+    def broken(*args, backend, **kwargs):
+        if backend == "cpu":
+            raise OSError("libllvm is gone")
+        return args[0]
+
+    monkeypatch.setattr(starlm.ops, "deform", broken)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: 1 / 0)
+    done = command("doctor", "--matmul-size", "64", "--json")
+    assert done.code == 0
+    assert "libllvm is gone" in done.json["problems"]["operator, cpu"]
+    assert "ZeroDivisionError" in done.json["problems"]["disk"]
+    assert "! operator, cpu: It does not run here" in done.err

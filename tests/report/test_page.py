@@ -1,0 +1,168 @@
+"""The report's page and its Markdown."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from starlm.errors import InputError
+from starlm.report.metrics import read_run
+from starlm.report.page import figures, short, write_report
+
+VOID = {"meta", "br", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps ids, tags and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.tags, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_one_run(tmp_path, write_run):
+    folder = write_run(tmp_path / "demo")
+    path = write_report([folder])
+    assert path == folder / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    for wanted in (
+        *("complete: 60 steps", "5.24", "246", "bits per byte, validation", "Training loss", "Throughput"),
+        *("seed", "Python", f"starlm train --config {folder}/run.toml --out {folder}-again"),
+    ):
+        assert wanted in page.text, wanted
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    assert len(page.ids) == len(set(page.ids)), "ids of one plot must not meet those of another"
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_needs_nothing_else(tmp_path, write_run):
+    text = write_report([write_run(tmp_path / "demo")]).read_text()
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
+    links = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "xlink:href")]
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_colours_follow_the_page(tmp_path, write_run):
+    text = write_report([write_run(tmp_path / "demo")]).read_text()
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "var(--ink" in svg
+    assert "var(--series-0" in svg
+    # Only what stands in var(--name, fallback) may be a fixed colour.
+    assert re.findall(r"(?<!,)#[0-9a-f]{6}\b", re.sub(r'(href="|url\()#\S+', "", svg)) == []
+
+
+def test_text_of_the_model_is_text(tmp_path, write_run):
+    path = write_report([write_run(tmp_path / "demo")])
+    text = path.read_text()
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    markdown = path.with_suffix(".md").read_text()
+    # The sample has a fence of its own, so the one around it is longer.
+    assert "````text\ndef ```\n<b>&\n\n````" in markdown
+
+
+def test_comparison(tmp_path, write_run):
+    runs = [
+        write_run(tmp_path / "a", settings='keep = 2\n[model]\npreset = "gated"\n'),
+        write_run(tmp_path / "b", settings='keep = 2\n[model]\npreset = "value|x"\n', steps=40),
+    ]
+    path = write_report(runs)
+    assert path == tmp_path / "comparison.html"
+    page = Page(path.read_text())
+    assert "2 runs compared" in page.text
+    markdown = path.with_suffix(".md").read_text()
+    rows = [line for line in markdown.split("## Samples")[0].splitlines() if line.startswith("|")]
+    assert "|  | a | b |" in rows
+    assert "| model.preset | gated | value\\|x |" in rows
+    assert not any("keep" in row for row in rows), "what is the same in all runs does not distinguish them"
+    assert "var(--series-1" in path.read_text()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, write_run):
+    runs = [write_run(tmp_path / folder / "demo") for folder in "ab"]
+    markdown = write_report(runs, tmp_path / "x.html").with_suffix(".md").read_text()
+    assert f"|  | {runs[0]} | {runs[1]} |" in markdown
+
+
+def test_a_run_that_has_just_begun(tmp_path, write_run):
+    folder = write_run(tmp_path / "a")
+    first = (folder / "metrics.jsonl").read_text().splitlines()[0]
+    (folder / "metrics.jsonl").write_text(first + "\n")
+    (folder / "run.toml").unlink()
+    page = Page(write_report([folder]).read_text())
+    assert "not complete: step 0 of 60" in page.text
+    assert not any(tag == "svg" for tag, _ in page.tags)
+
+
+def test_losses_that_are_no_numbers(tmp_path, write_run):
+    folder = write_run(tmp_path / "a")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', text, count=9))
+    text = write_report([folder]).read_text()
+    assert sum(tag == "svg" for tag, _ in Page(text).tags) == 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5000])
+def test_any_length(tmp_path, write_run, steps):
+    path = write_report([write_run(tmp_path / "a", steps=steps)])
+    assert path.stat().st_size < 200_000
+
+
+def test_figures(tmp_path, write_run):
+    found = {name: (value, unit) for value, unit, name in figures(read_run(write_run(tmp_path / "a")))}
+    assert found["tokens trained on"] == ("246", "k")
+    assert found["training time"] == ("60", "s")
+    assert found["mean throughput"] == ("4,096", "tokens/s")
+    assert found["training FLOPs"] == ("6.14", "T")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, ("0", "")), (999, ("999", "")), (4_194_304, ("4.19", "M")), (2e21, ("2e+03", "E"))],
+)
+def test_short(value, text):
+    assert short(value) == text
+
+
+def test_errors(tmp_path, write_run):
+    with pytest.raises(InputError, match="at least one run"):
+        write_report([])
+    folder = write_run(tmp_path / "a")
+    with pytest.raises(InputError, match=r"must end in \.html; got .*x\.pdf"):
+        write_report([folder], tmp_path / "x.pdf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Cannot write"):
+        write_report([folder], tmp_path / "file" / "x.html")
+
+
+def test_reports_load_no_torch(tmp_path, write_run):
+    folder = write_run(tmp_path / "a")
+    code = (
+        "import sys; from pathlib import Path; from starlm.report.page import write_report; "
+        "write_report([Path(sys.argv[1])]); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
