@@ -1,12 +1,11 @@
 """Batches from documents: packed without a gap, and a function of (seed, step) alone."""
 
-import threading
-import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
@@ -27,38 +26,44 @@ class Batch:
 
 
 class _Stream:
-    """The documents of a split, one after the other in some order, as one row of tokens."""
+    """The documents of a split, one after the other in some order, as a ring of tokens."""
 
     def __init__(self, split: Split, order: np.ndarray) -> None:
         """Args: order: document numbers, int64 [documents]."""
         self._split, self._order = split, order
-        self._ends = np.cumsum(split.document_lengths()[order])
+        self._bounds = np.append(0, np.cumsum(split.document_lengths()[order]))
 
     def read(self, begin: int, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Fill `tokens` [n] from `begin` on, and set the `starts` [n] where a document begins."""
-        number = int(np.searchsorted(self._ends, begin, side="right"))
-        document_begin = int(self._ends[number - 1]) if number else 0
+        """Fill `tokens` [n] from `begin` on, and set the `starts` [n] where a document begins.
+
+        Behind the last document comes the first one again.
+        """
+        number = int(np.searchsorted(self._bounds, begin, side="right")) - 1
+        offset = begin - int(self._bounds[number])
         done = 0
         while done < len(tokens):
-            offset = begin + done - document_begin
-            document_end = int(self._ends[number])
-            stop = min(document_end - begin, len(tokens))
+            length = int(self._bounds[number + 1] - self._bounds[number])
+            stop = min(done + length - offset, len(tokens))
             starts[done] = offset == 0
             self._split.read(int(self._order[number]), offset, offset + stop - done, tokens[done:stop])
-            done, number, document_begin = stop, number + 1, document_end
+            done, number, offset = stop, (number + 1) % len(self._order), 0
 
 
 class PackedLoader:
     """Endless batches of a split, in an order that depends on the seed alone.
 
-    An epoch is the concatenation of its documents in the order of
-    `np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_documents)`, and epochs follow
-    one another without a gap: stream. Row i of the run is stream[i*T : i*T + T + 1], its first T tokens the
-    inputs, its last T the targets. Step n has the rows from n * rows * world on, `rows` for each rank in
-    turn, so the ranks together see what one process with rows * world would.
+    Each epoch e has a generator of its own, np.random.Generator(np.random.Philox(key=[seed, e])). Its first
+    permutation puts the N tokens' documents one after the other: stream. Row i of the epoch is
+    stream[i*T : i*T + T + 1], its first T tokens the inputs, its last T the targets; the last of the
+    R = ceil(N / T) rows goes on at the beginning of the stream, so no token is left out. The second
+    permutation is the order in which rows are visited: row n of the run is row permutation[n mod R] of
+    epoch n div R. So the rows of a batch come from all over the corpus, not from one long document.
 
-        with PackedLoader(split, rows=8, length=512, seed=0) as loader:
-            for batch in loader.batches(): ...
+    Step n has the rows from n * rows * world on, `rows` for each rank in turn, so the ranks together see
+    what one process with rows * world would.
+
+        loader = PackedLoader(split, rows=8, length=512, seed=0)
+        for batch in loader.batches(): ...
     """
 
     def __init__(
@@ -93,10 +98,9 @@ class PackedLoader:
             raise InputError(f"rank must be below world; got rank {rank} of {world}.")
         self._split, self._rows, self._length, self._seed = split, rows, length, seed
         self._rank, self._world, self._workers = rank, world, workers
-        self._next = 0
-        self._epochs: dict[int, _Stream] = {}
-        self._lock = threading.Lock()
-        self._open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+        self._epoch_rows = -(-split.num_tokens // length)
+        # The rows of a step may lie on both sides of the border of two epochs.
+        self._epoch = lru_cache(maxsize=2)(self._open_epoch)
 
     def batch_at(self, step: int) -> Batch:
         """The batch of step 0, 1, ...; a pure function, from any thread."""
@@ -104,113 +108,30 @@ class PackedLoader:
         tokens = np.empty((self._rows, self._length + 1), dtype=np.int64)
         starts = np.zeros(tokens.shape, dtype=bool)
         for row in range(self._rows):
-            self._read((begin + row) * self._length, tokens[row], starts[row])
+            epoch, number = divmod(begin + row, self._epoch_rows)
+            stream, order = self._epoch(epoch)
+            stream.read(int(order[number]) * self._length, tokens[row], starts[row])
         return Batch(inputs=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), first=_first(starts[:, :-1]))
 
-    def batches(self, start: int | None = None) -> Iterator[Batch]:
-        """Batches from step `start` on, without end.
-
-        Args:
-            start: None goes on where `state` is: at 0, at what `restore` said, or behind the last batch.
-        """
-        if start is not None:
-            self._next = start
-        iterator = self._iterate(self._next)
-        self._open.add(iterator)
-        return iterator
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
-
-    def state(self) -> dict[str, Any]:
-        """Where the run is (`position`: the next row, counted over all ranks), and what that rests on."""
-        position = self._next * self._rows * self._world
-        return {
-            "seed": self._seed,
-            "length": self._length,
-            "data": self._split.fingerprint,
-            "position": position,
-            "epoch": position * self._length // self._split.num_tokens,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, perhaps with other numbers of rows, ranks and workers.
-
-        Raises:
-            InputError: another seed, length or data, or a position that falls within a step.
-        """
-        try:
-            position = int(state["position"])
-            before = {name: state[name] for name in ("seed", "length", "data")}
-        except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f"The loader's saved state is damaged: {state!r}. Begin the run anew, or take an "
-                f"earlier checkpoint."
-            ) from None
-        now = {"seed": self._seed, "length": self._length, "data": self._split.fingerprint}
-        for name, value in before.items():
-            if value != now[name]:
-                raise InputError(
-                    f"The run cannot go on in the same order: its {name} was {value}, now it is {now[name]}. "
-                    f"Use the same {name} again, or begin a new run."
-                )
-        rows = self._rows * self._world
-        if position < 0 or position % rows:
-            raise InputError(
-                f"The run stopped at row {position}, which is within a step of {rows} rows (rows x world). "
-                f"Choose rows so that a step divides {position}."
-            )
-        self._next = position // rows
-
-    def close(self) -> None:
-        """End every iteration and its threads."""
-        for iterator in list(self._open):
-            iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __enter__(self) -> "PackedLoader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _iterate(self, step: int) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches from step `start` on, without end. Closing the generator ends its threads."""
         if not self._workers:
-            while True:
-                self._next = step + 1
+            for step in count(start):
                 yield self.batch_at(step)
-                step += 1
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="starlm-loader")
         ahead: deque[Future[Batch]] = deque()
         try:
-            while True:
-                while len(ahead) <= self._workers:
-                    ahead.append(pool.submit(self.batch_at, step + len(ahead)))
-                batch = ahead.popleft().result()
-                step += 1
-                self._next = step
-                yield batch
+            for step in count(start):
+                ahead.append(pool.submit(self.batch_at, step))
+                if len(ahead) > self._workers:
+                    yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, position: int, tokens: np.ndarray, starts: np.ndarray) -> None:
-        done = 0
-        while done < len(tokens):
-            epoch, begin = divmod(position + done, self._split.num_tokens)
-            stop = min(len(tokens), done + self._split.num_tokens - begin)
-            self._epoch(epoch).read(begin, tokens[done:stop], starts[done:stop])
-            done = stop
-
-    def _epoch(self, number: int) -> _Stream:
-        with self._lock:
-            if number not in self._epochs:
-                generator = np.random.Generator(
-                    np.random.Philox(key=np.array([self._seed, number], np.uint64))
-                )
-                # Rows near the border of two epochs need both.
-                while len(self._epochs) >= 2:
-                    del self._epochs[min(self._epochs)]
-                self._epochs[number] = _Stream(self._split, generator.permutation(self._split.num_documents))
-            return self._epochs[number]
+    def _open_epoch(self, number: int) -> tuple[_Stream, np.ndarray]:
+        generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, number], np.uint64)))
+        stream = _Stream(self._split, generator.permutation(self._split.num_documents))
+        return stream, generator.permutation(self._epoch_rows)
 
 
 def sequential_rows(
@@ -242,16 +163,12 @@ def _sequential(split: Split, length: int, total: int, rows: int) -> Iterator[Ba
     stream = _Stream(split, np.arange(split.num_documents))
     num_rows = -(-total // length)
     for top in range(0, num_rows, rows):
-        count = min(rows, num_rows - top)
-        tokens = np.full((count, length + 1), split.bos, dtype=np.int64)
-        starts = np.ones(tokens.shape, dtype=bool)
-        for row in range(count):
-            begin = (top + row) * length
-            stop = min(length + 1, split.num_tokens - begin)
-            starts[row, :stop] = False
-            stream.read(begin, tokens[row, :stop], starts[row, :stop])
+        tokens = np.empty((min(rows, num_rows - top), length + 1), dtype=np.int64)
+        starts = np.zeros(tokens.shape, dtype=bool)
+        for row in range(len(tokens)):
+            stream.read((top + row) * length, tokens[row], starts[row])
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        padding = np.arange(top * length, (top + count) * length).reshape(count, length) >= total
+        padding = (top * length + np.arange(inputs.size)).reshape(inputs.shape) >= total
         inputs[padding], targets[padding] = split.bos, -1
         yield Batch(inputs=inputs, targets=targets, first=_first(starts[:, :-1] | padding))
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,7 @@ def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = 
         workers=config.workers,
     )
     model.train()
-    with loader, _stop_signal() as stopped:
-        batches = loader.batches(start)
+    with closing(loader.batches(start)) as batches, _stop_signal() as stopped:
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = next(batches)
