@@ -17,9 +17,11 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
 SplitName = Literal["train", "validation"]
 
-# Tests repeat themselves, and lib2to3 comes and goes between Python versions.
+# Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
+# model to recite code pages; lib2to3 comes and goes between Python versions.
 _NOT_EMBEDDED = frozenset(
     ("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__")
+    + ("encodings", "pydoc_data")
 )
 
 
