@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starlm.model.config import StarLMConfig
     from starlm.model.model import StarLM
     from starlm.nn.deformer import Deformer
-    from starlm.ops import deform
+    from starlm.ops import anchors, deform
 
 __all__ = [
     "Deformer",
@@ -28,6 +28,7 @@ __all__ = [
     "StarLMConfig",
     "StarLMError",
     "__version__",
+    "anchors",
     "deform",
     "load",
 ]
@@ -36,6 +37,7 @@ _HOMES = {
     "Deformer": "starlm.nn.deformer",
     "StarLM": "starlm.model.model",
     "StarLMConfig": "starlm.model.config",
+    "anchors": "starlm.ops",
     "deform": "starlm.ops",
     "load": "starlm.generate.text",
 }

@@ -1,12 +1,9 @@
 """What a StarLM is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from starlm.errors import InputError
-
-Preset = Literal["product", "value", "gated"]
-PRESETS: tuple[Preset, ...] = ("product", "value", "gated")
+from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +22,9 @@ class StarLMConfig:
     """Pattern of layers, repeated to `depth`: D a Deformer, A attention (e.g. DDDA)."""
     preset: Preset = "gated"
     """Form of the Deformer layers."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., box. Empty
+    for the preset's own: mixed for star, now for the others."""
     mlp_ratio: int = 4
     """Hidden width of the relu² MLP over D; 0 leaves the MLP out."""
     context: int = 512
@@ -32,7 +32,7 @@ class StarLMConfig:
     max_shift: int | None = None
     """Furthest reach of a Deformer head in tokens; None is unbounded. Bounded means constant memory."""
     shift_init: float | None = None
-    """Shift in tokens that every channel starts from (a learned bias); None has no bias: 0.8 on average."""
+    """Shift in tokens that `now` heads start from (a learned bias); None has no bias: 0.8 on average."""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
     rope_base: float = 10000.0
@@ -63,6 +63,11 @@ class StarLMConfig:
         )
         require(self.softcap >= 0, "0 (off) or positive", "softcap")
         require(self.rope_base > 1, "above 1", "rope_base")
+        try:
+            kinds_of_heads(self.preset, self.kinds, 1)
+            [order_of(kind) for kind in self.kinds]
+        except InputError as error:
+            raise InputError(f"model.kinds: {error}") from None
         if self.width % self.num_heads:
             raise InputError(
                 f"model.heads must divide the width; got {self.num_heads} heads for width "
@@ -90,6 +95,18 @@ class StarLMConfig:
         return self.width // self.num_heads
 
     @property
+    def head_kinds(self) -> tuple[str, ...]:
+        """One kind per head of a Deformer layer."""
+        return kinds_of_heads(self.preset, self.kinds, self.num_heads)
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Every n for which some head is anchored to n-grams, rising."""
+        if "D" not in self.layer_kinds:
+            return ()
+        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind))}))
+
+    @property
     def layer_kinds(self) -> str:
         """One letter per layer: the pattern, repeated to `depth`."""
         return (self.layers * self.depth)[: self.depth]
@@ -99,7 +116,7 @@ class StarLMConfig:
         """Parameters by part: embedding, head, mixers, mlps, total."""
         d = self.width
         deformer = (3 if self.preset == "value" else 4) * d * d
-        if self.shift_init is not None:
+        if self.shift_init is not None or "box" in self.head_kinds:
             deformer += (2 if self.preset == "product" else 1) * d
         mixers = sum(deformer if kind == "D" else 4 * d * d for kind in self.layer_kinds)
         parts = {

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
-from starlm.model.state import DecodeState
+from starlm.model.state import INDEX_BYTES, DecodeState
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
+from starlm.ops import anchors
 
 
 class StarLM(nn.Module):
@@ -73,9 +74,14 @@ class StarLM(nn.Module):
         state: DecodeState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after the last block, normalised."""
+        origins = {}
+        if orders := self.config.orders:
+            found = anchors(tokens, orders, first=first) if state is None else state.anchors(tokens, first)
+            origins = dict(zip(orders, found.unbind(-1), strict=True))
         x = rms(self.embedding(tokens))
         for index, block in enumerate(self.blocks):
-            x = block(x, first=first, state=None if state is None else state.layers[index])
+            layer = None if state is None else state.layers[index]
+            x = block(x, first=first, origins=origins, state=layer)
         return rms(x)
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
@@ -102,17 +108,23 @@ class StarLM(nn.Module):
 
     def new_state(self, batch: int = 1, *, rollback: int = 64) -> DecodeState:
         """An empty decode state of `batch` sequences; see `DecodeState`."""
-        return DecodeState(len(self.blocks), batch, rollback=rollback)
+        return DecodeState(len(self.blocks), batch, rollback=rollback, orders=self.config.orders)
 
     def state_bytes_per_token(self, element_size: int = 4) -> int:
-        """Bytes by which a decode state grows with each token of one sequence."""
-        growing = 0
-        for kind in self.config.layer_kinds:
-            if kind == "A":
-                growing += 2
-            elif self.config.max_shift is None:
-                growing += 2 if self.config.preset == "product" else 1
-        return growing * self.config.width * element_size
+        """Bytes by which a decode state grows with each token of one sequence.
+
+        Rows of anchored heads and attention grow always, those of `now` and `box` heads (sums in fp64) unless
+        max_shift bounds them; and the index of n-grams.
+        """
+        config = self.config
+        sizes = {"now": element_size, "box": 8}
+        if config.max_shift is not None:
+            sizes = {"now": 0, "box": 0}
+        head = sum(sizes.get(kind, element_size) for kind in config.head_kinds) * config.head_dim
+        deformer = head * (2 if config.preset == "product" else 1)
+        attention = 2 * config.width * element_size
+        rows = sum(attention if kind == "A" else deformer for kind in config.layer_kinds)
+        return rows + INDEX_BYTES * len(config.orders)
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
         if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):
@@ -130,7 +142,9 @@ def _block(config: StarLMConfig, kind: str) -> Block:
             config.width,
             config.num_heads,
             preset=config.preset,
+            kinds=config.kinds,
             max_shift=config.max_shift,
             shift_init=config.shift_init,
+            window=max(2, config.context // 2),
         )
     return Block(mixer, MLP(config.width, config.mlp_ratio) if config.mlp_ratio else None)

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
 from starlm.nn.state import LayerState
+
+# Of the index of n-grams, per token and n: two positions per bucket, one in the chain, and half a token.
+INDEX_BYTES = 14
 
 
 class DecodeState:
@@ -27,18 +31,23 @@ class DecodeState:
         [1]
     """
 
-    def __init__(self, num_layers: int, batch: int = 1, *, rollback: int = 64) -> None:
+    def __init__(
+        self, num_layers: int, batch: int = 1, *, rollback: int = 64, orders: Sequence[int] = ()
+    ) -> None:
         """Args:
         num_layers: layers of the model.
         batch: number of slots.
         rollback: tokens that `crop` can give back where `max_shift` bounds the memory. Without a bound
             any crop is possible.
+        orders: n of the n-grams that heads are anchored to.
         """
         self.rollback = rollback
         self.lengths = [0] * batch
         # Rows at which documents begin, per slot, the first at 0: crop falls back to the one before.
         self.documents: list[list[int]] = [[0] for _ in range(batch)]
         self.layers = [LayerState(self.lengths, rollback) for _ in range(num_layers)]
+        self.orders = tuple(orders)
+        self.indices = _indices(self.orders, batch)
 
     @property
     def batch(self) -> int:
@@ -48,7 +57,19 @@ class DecodeState:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that the state holds."""
-        return sum(rows.num_bytes for layer in self.layers for rows in layer.streams.values())
+        rows = sum(rows.num_bytes for layer in self.layers for rows in layer.streams.values())
+        return rows + sum(index.num_bytes for index in self.indices)
+
+    def anchors(self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T N"]:
+        """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens."""
+        ids = tokens.cpu().numpy()
+        starts = [None] * self.batch if first is None else list(first.long().cpu().numpy())
+        found = []
+        for slot, (index, start) in enumerate(zip(self.indices, starts, strict=True)):
+            # After a call that failed halfway the index may be ahead.
+            index.crop(self.lengths[slot])
+            found.append(index.append(ids[slot], start))
+        return torch.from_numpy(np.stack(found)).to(tokens.device)
 
     def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
         """The first row that the next `length` tokens may read, if no new document begins; None for row 0."""
@@ -79,6 +100,8 @@ class DecodeState:
                 layer.check_crop(slot, keep)
         for slot, keep in enumerate(wanted):
             self.lengths[slot] = keep
+            if self.indices:
+                self.indices[slot].crop(keep)
             documents = self.documents[slot]
             while len(documents) > 1 and documents[-1] >= max(keep, 1):
                 documents.pop()
@@ -88,7 +111,8 @@ class DecodeState:
 
     def reorder(self, slots: Sequence[int]) -> "DecodeState":
         """A copy whose slot i is this state's slot slots[i]; slots may repeat (beam search, n samples)."""
-        chosen = DecodeState(len(self.layers), len(slots), rollback=self.rollback)
+        chosen = DecodeState(len(self.layers), len(slots), rollback=self.rollback, orders=self.orders)
+        chosen.indices = [self.indices[slot].copy() for slot in slots] if self.indices else []
         chosen.lengths[:] = [self.lengths[slot] for slot in slots]
         chosen.documents = [list(self.documents[slot]) for slot in slots]
         chosen.layers = [layer.select(slots, chosen.lengths) for layer in self.layers]
@@ -97,3 +121,11 @@ class DecodeState:
     def fork(self, copies: int = 1) -> "DecodeState":
         """An independent copy; each slot `copies` times in a row."""
         return self.reorder([slot for slot in range(self.batch) for _ in range(copies)])
+
+
+def _indices(orders: tuple[int, ...], batch: int) -> list:
+    if not orders:
+        return []
+    from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
+
+    return [NgramIndex(orders) for _ in range(batch)]

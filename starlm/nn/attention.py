@@ -1,5 +1,7 @@
 """Causal attention: the baseline, and the A in a pattern of layers."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,9 +33,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         *,
         first: Int[Tensor, "B T"] | None = None,
+        origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend to rows first .. own row; arguments as for `Deformer.forward`."""
+        """Attend to rows first .. own row; arguments as for `Deformer.forward`, `origins` without effect."""
         batch, length, _ = x.shape
         q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
         past = torch.tensor([0] * batch if state is None else state.lengths, device=x.device)

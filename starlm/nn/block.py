@@ -1,5 +1,7 @@
 """One layer of the residual stream."""
 
+from collections.abc import Mapping
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,8 +24,9 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         *,
         first: Int[Tensor, "B T"] | None = None,
+        origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
-        x = x + self.mixer(rms(x), first=first, state=state)
+        x = x + self.mixer(rms(x), first=first, origins=origins, state=state)
         return x if self.mlp is None else x + self.mlp(rms(x))

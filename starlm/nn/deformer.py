@@ -1,19 +1,22 @@
 """StarLM's Deformer layer: every head and channel predicts how far back to read, and reads there."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.errors import InputError
+from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 from starlm.nn.linear import init_matrix, linear
 from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, local
 from starlm.ops import deform
+from starlm.ops.box import box, prefix_sums
 
-Preset = Literal["product", "value", "gated"]
+# A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
+BOX_SCALE = 16
 
 
 class Deformer(nn.Module):
@@ -21,12 +24,19 @@ class Deformer(nn.Module):
 
     From the normalised residual stream x, with `rms` per head::
 
-        product   q = rms(Wq x), k = rms(Wk x);  y = deform(q, softplus(Wsq x)) * deform(k, softplus(Wsk x))
-        value     y = Wo deform(rms(Wv x), softplus(Ws x))
-        gated     y = Wo (deform(rms(Wv x), softplus(Ws x)) * sigmoid(Wg x))
+        product   q = rms(Wq x), k = rms(Wk x);  y = read(q, Wsq x) * read(k, Wsk x)
+        value     y = Wo read(rms(Wv x), Ws x)
+        gated     y = Wo (read(rms(Wv x), Ws x) * sigmoid(Wg x))
+        star      as gated, with heads of several kinds
+
+    and a head of each kind reads, with z its part of the shift projection::
+
+        now       deform(v, softplus(z))               a predicted distance behind the query
+        token...  deform(v, z, origin=its anchor)      around the row behind the last same n-gram
+        box       mean of v over the last exp(z / 2)   a summary; scaled by sqrt(min(width, 16))
 
     Example:
-        >>> layer = Deformer(dim=64, heads=4)
+        >>> layer = Deformer(dim=64, heads=4, preset="gated")
         >>> layer(torch.randn(2, 10, 64)).shape
         torch.Size([2, 10, 64])
     """
@@ -37,51 +47,79 @@ class Deformer(nn.Module):
         heads: int,
         *,
         preset: Preset = "gated",
+        kinds: Sequence[str] = (),
         max_shift: int | None = None,
         shift_init: float | None = None,
+        window: int = 256,
     ) -> None:
         """Args:
             dim: width D of the residual stream.
             heads: H; D = H * C.
             preset: the formula, see above.
-            max_shift: shifts are clipped to this many tokens, so decoding keeps a bounded number of rows.
-            shift_init: adds a bias to the shift projections that makes every channel start at this shift,
+            kinds: of the heads, repeated over them (`starlm.nn.heads`); default the preset's own.
+            max_shift: shifts of `now` heads and windows of `box` heads are clipped to this many tokens, so
+                decoding keeps a bounded number of rows for them.
+            shift_init: adds a bias to the shift projections that makes `now` heads start at this shift,
                 in tokens. Without it shifts start at softplus(N(0, 1)): 0.8 on average.
+            window: longest window that box heads start from, in tokens; the shortest is 2.
 
         Raises:
-            InputError: heads does not divide dim, or an unknown preset.
+            InputError: heads does not divide dim, or an unknown preset or kind.
         """
         super().__init__()
         if dim % heads:
             raise InputError(f"Deformer needs heads to divide dim; got heads={heads}, dim={dim}.")
-        if preset not in ("product", "value", "gated"):
-            raise InputError(f"Deformer has the presets product, value and gated; got {preset!r}.")
+        if preset not in PRESETS:
+            raise InputError(f"Deformer has the presets {', '.join(PRESETS)}; got {preset!r}.")
         self.dim, self.heads, self.preset = dim, heads, preset
-        self.max_shift, self.shift_init = max_shift, shift_init
+        self.kinds = kinds_of_heads(preset, kinds, heads)
+        self.orders = [n for kind in self.kinds if (n := order_of(kind))]
+        self.max_shift, self.shift_init, self.window = max_shift, shift_init, window
+        near, boxes = self.kinds.count("now"), self.kinds.count("box")
+        spans = {
+            "now": slice(0, near),
+            "anchored": slice(near, heads - boxes),
+            "box": slice(heads - boxes, heads),
+        }
+        self.spans = {name: span for name, span in spans.items() if span.start < span.stop}
         if preset == "product":
             self.query, self.key = linear(dim, dim), linear(dim, dim)
             self.query_shift, self.key_shift = self._shift_projection(), self._shift_projection()
         else:
             self.value, self.shift = linear(dim, dim), self._shift_projection()
-            if preset == "gated":
+            if preset != "value":
                 self.gate = linear(dim, dim)
             self.out = linear(dim, dim)
         self.reset_parameters()
 
     def _shift_projection(self) -> nn.Linear:
-        return nn.Linear(self.dim, self.dim, bias=self.shift_init is not None)
+        return nn.Linear(self.dim, self.dim, bias=self.shift_init is not None or "box" in self.spans)
 
     def reset_parameters(self) -> None:
-        """Start the weights: the output projection at zero, a shift's bias at `shift_init` tokens."""
+        """Start the weights: the output projection at zero, shifts and windows by their biases."""
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Linear)
             if name == "out":
                 nn.init.zeros_(layer.weight)
             else:
                 init_matrix(layer)
-            if self.shift_init is not None and layer.bias is not None:
-                # softplus^-1, in the form that does not overflow.
-                nn.init.constant_(layer.bias, self.shift_init + math.log(-math.expm1(-self.shift_init)))
+            if layer.bias is not None:
+                self._start_bias(layer.bias)
+
+    @torch.no_grad()
+    def _start_bias(self, bias: nn.Parameter) -> None:
+        nn.init.zeros_(bias)
+        channels = self.dim // self.heads
+        if self.shift_init is not None and "now" in self.spans:
+            # softplus^-1, in the form that does not overflow.
+            start = self.shift_init + math.log(-math.expm1(-self.shift_init))
+            nn.init.constant_(bias[: self.spans["now"].stop * channels], start)
+        if "box" in self.spans:
+            # 2 log of windows that are log-spaced over the channels.
+            windows = bias[self.spans["box"].start * channels :]
+            share = torch.linspace(0, 1, len(windows), device=bias.device)
+            start, end = math.log(2), math.log(max(self.window, 2))
+            windows.add_(2 * (start + (end - start) * share))
 
     def shift_parameters(self) -> list[nn.Parameter]:
         """The shift projections: a parameter group of their own."""
@@ -92,6 +130,7 @@ class Deformer(nn.Module):
         x: Float[Tensor, "B T D"],
         *,
         first: Int[Tensor, "B T"] | None = None,
+        origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of x.
@@ -99,13 +138,25 @@ class Deformer(nn.Module):
         Args:
             x: normalised residual stream.
             first: first row that each token may read (absolute, when there is a state); default 0.
+            origins: for each n of the anchored heads, the row that shift 0 reads: `starlm.ops.anchors` of the
+                token ids.
             state: rows of earlier tokens; x continues them, and its rows are appended.
+
+        Raises:
+            InputError: the layer has anchored heads and `origins` lacks one of their n.
         """
+        missing = set(self.orders) - set(origins or ())
+        if missing:
+            raise InputError(
+                f"This Deformer has anchored heads ({', '.join(self.kinds)}), so it needs origins for "
+                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors."
+            )
+        where = first, origins or {}, state
         if self.preset == "product":
-            q = self._read("query", self.query(x), self.query_shift(x), first, state)
-            return q * self._read("key", self.key(x), self.key_shift(x), first, state)
-        y = self._read("value", self.value(x), self.shift(x), first, state)
-        if self.preset == "gated":
+            q = self._read("query", self.query(x), self.query_shift(x), *where)
+            return q * self._read("key", self.key(x), self.key_shift(x), *where)
+        y = self._read("value", self.value(x), self.shift(x), *where)
+        if self.preset != "value":
             y = y * torch.sigmoid(self.gate(x))
         return self.out(y)
 
@@ -115,18 +166,58 @@ class Deformer(nn.Module):
         values: Float[Tensor, "B T D"],
         shift: Float[Tensor, "B T D"],
         first: Int[Tensor, "B T"] | None,
+        origins: Mapping[int, Int[Tensor, "B T"]],
         state: LayerState | None,
     ) -> Float[Tensor, "B T D"]:
-        """deform(rms(values), softplus(shift)), continuing the rows of `stream` that the state holds."""
-        heads = (self.heads, self.dim // self.heads)
-        values = rms(values.unflatten(-1, heads))
+        """What every head reads of rms(values), continuing the rows of `stream` that the state holds."""
+        values = rms(values.unflatten(-1, (self.heads, -1)))
         # fp32 at the least: a distance of 300 tokens has no fraction left in bf16.
-        shift = shift.to(torch.promote_types(shift.dtype, torch.float32))
-        reach = nn.functional.softplus(shift).unflatten(-1, heads)
+        shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).unflatten(-1, (self.heads, -1))
+        read = []
+        for name, span in self.spans.items():
+            v, z = values[:, :, span], shift[:, :, span]
+            if name == "now":
+                read.append(self._near(f"{stream}.now", v, z, first, state))
+            elif name == "anchored":
+                read.append(self._anchored(f"{stream}.anchored", v, z, first, origins, state))
+            else:
+                read.append(self._boxes(f"{stream}.box", v, z, first, state))
+        return (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
+
+    def _near(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
+        reach = nn.functional.softplus(z)
         if self.max_shift is not None:
             reach = reach.clamp(max=self.max_shift)
         if state is None:
-            return deform(values, reach, first=first).flatten(-2)
+            return deform(values, reach, first=first)
         rows, base = state.append(stream, values, keep=self.max_shift)
         first, past = local(first, state.lengths, base, values)
-        return deform(rows, reach, first=first, past=past).flatten(-2)
+        return deform(rows, reach, first=first, past=past)
+
+    def _anchored(
+        self,
+        stream: str,
+        values: Tensor,
+        z: Tensor,
+        first: Tensor | None,
+        origins: Mapping[int, Tensor],
+        state: LayerState | None,
+    ):
+        origin = torch.stack([origins[n] for n in self.orders], dim=-1)
+        if state is None:
+            return deform(values, z, origin=origin, first=first)
+        rows, base = state.append(stream, values, keep=None)
+        first, past = local(first, state.lengths, base, values)
+        return deform(rows, z, origin=origin, first=first, past=past)
+
+    def _boxes(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
+        width = (z / 2).exp().clamp(min=1, max=self.max_shift)
+        if state is None:
+            mean, width = box(prefix_sums(values), width, first=first)
+        else:
+            sums = prefix_sums(values, state.row_at_end(stream, values, torch.float64))
+            rows, base = state.append(stream, sums, keep=self.max_shift)
+            first, past = local(first, state.lengths, base, values)
+            mean, width = box(rows, width, first=first, past=past)
+        # Without gradient: the width is learned from what the window holds, not from its size.
+        return (mean * width.detach().clamp(max=BOX_SCALE).sqrt()).to(values.dtype)

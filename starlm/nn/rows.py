@@ -40,6 +40,11 @@ class Rows:
                 self.data[slot, start : start + length] = rows[slot]
         return self.data[:, : max(starts) + length], list(self.base)
 
+    def row(self, slot: int, number: int) -> Float[Tensor, "H C"]:
+        """Absolute row `number` of a slot."""
+        assert self.data is not None
+        return self.data[slot, number - self.base[slot]]
+
     def _reserve(self, rows: Tensor, lengths: Sequence[int]) -> None:
         """Make room for the new rows; drop, if bounded, those that `keep` no longer asks for."""
         batch, length, *shape = rows.shape

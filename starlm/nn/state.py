@@ -31,6 +31,19 @@ class LayerState:
             self.streams[stream] = Rows(None if keep is None else keep + self.rollback)
         return self.streams[stream].append(rows, self.lengths)
 
+    def row_at_end(self, stream: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The row at `lengths[b]` of a stream that is kept one row ahead: [B, 1, H, C]; zeros in empty slots.
+
+        Args:
+            like: rows [B, T, H, C] on the right device.
+        """
+        row = torch.zeros_like(like[:, :1], dtype=dtype)
+        if stream in self.streams:
+            for slot, length in enumerate(self.lengths):
+                if length:
+                    row[slot, 0] = self.streams[stream].row(slot, length)
+        return row
+
     def check_crop(self, slot: int, length: int) -> None:
         """Raise InputError if a bounded stream no longer has the rows that `length` tokens would need."""
         for rows in self.streams.values():

@@ -1,5 +1,6 @@
 """The operator `deform`: definition, fused kernels, registration. Imports torch, nothing above."""
 
+from starlm.ops.anchors import anchors
 from starlm.ops.deform import Backend, deform
 
-__all__ = ["Backend", "deform"]
+__all__ = ["Backend", "anchors", "deform"]

@@ -1,0 +1,77 @@
+"""Where the last n tokens were last seen: the origins of anchored heads.
+
+    origin(t) = 1 + max{ j < t : the n tokens that end at j are those that end at t },  -1 if there is none
+
+Exact, linear in T. On a CPU one hash index per sequence (`starlm.ops.ngrams`), which also serves decoding;
+elsewhere one stable sort per n, without a host synchronisation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from starlm.errors import InputError
+
+
+def anchors(
+    tokens: Int[Tensor, "B T"], orders: Sequence[int], *, first: Int[Tensor, "B T"] | None = None
+) -> Int[Tensor, "B T N"]:
+    """The row behind the last earlier occurrence of the n-gram that ends at each token.
+
+    Both occurrences lie at or after `first`, so a packed document sees what it would see alone.
+
+    Args:
+        tokens: token ids, 0 or more.
+        orders: N values of n, each at least 1.
+        first: first row that each token may read; default 0.
+
+    Returns:
+        int64; -1 where there is no earlier occurrence.
+
+    Raises:
+        InputError: no orders, or one below 1.
+
+    Example:
+        >>> anchors(torch.tensor([[5, 6, 5, 6]]), [1, 2])[0].T.tolist()
+        [[-1, -1, 1, 2], [-1, -1, -1, 2]]
+    """
+    if not orders or min(orders) < 1:
+        raise InputError(f"anchors needs orders of 1 or more; got {list(orders)}.")
+    return _anchors(tokens, list(orders), first)
+
+
+@torch.library.custom_op("starlm::anchors", mutates_args=())
+def _anchors(tokens: Tensor, orders: list[int], first: Tensor | None) -> Tensor:
+    if tokens.device.type != "cpu":
+        return anchors_reference(tokens, orders, first)
+    from starlm.ops import ngrams  # numba takes half a second to import
+
+    return ngrams.batch(tokens, orders, first)
+
+
+@_anchors.register_fake
+def _(tokens, orders, first):
+    return tokens.new_empty((*tokens.shape, len(orders)), dtype=torch.int64)
+
+
+def anchors_reference(tokens: Tensor, orders: Sequence[int], first: Tensor | None = None) -> Tensor:
+    """`anchors` in plain PyTorch, by sorting."""
+    batch, length = tokens.shape
+    row = torch.arange(length, device=tokens.device).expand(batch, length)
+    first = torch.zeros_like(row) if first is None else first
+    tokens = tokens.long()
+    size = tokens.max() + 1 if tokens.numel() else 1
+    name, found = torch.zeros_like(tokens), {}
+    for n in range(1, max(orders) + 1):
+        # An n-gram is its last token, and the name of the (n-1)-gram before it: no hash, no collision.
+        before = torch.nn.functional.pad(name[:, :-1], (1, 0), value=length) if n > 1 else name
+        key, order = (before * size + tokens).sort(dim=1, stable=True)
+        same = torch.nn.functional.pad(key[:, 1:] == key[:, :-1], (1, 0), value=False)
+        earlier = torch.where(same, order.roll(1, 1), -1)
+        last = torch.empty_like(order).scatter_(1, order, earlier)
+        name = torch.empty_like(order).scatter_(1, order, (~same).cumsum(1) - 1)
+        begin = n - 1 + first
+        found[n] = torch.where((last >= begin) & (row >= begin), last + 1, -1)
+    return torch.stack([found[n] for n in orders], dim=-1)

@@ -1,0 +1,158 @@
+"""An index of the n-grams of a growing sequence: hash chains in numba, exact, and able to go back.
+
+`table[bucket]` is the last position whose n-gram falls into the bucket, `chain[t]` the one before t. A
+look-up walks the chain until the tokens themselves agree, so a collision costs a step and changes nothing.
+Going back is the same walk in reverse: the bucket of t gets chain[t] again.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starlm.ops.cpu import _jit, _spread
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_ONE, _HALF = np.uint64(1), np.uint64(32)
+
+
+@_jit
+def _bucket(tokens, t, n, size):
+    h = np.uint64(0)
+    for i in range(t - n + 1, t + 1):
+        h = (h ^ np.uint64(tokens[i])) * _MIX
+        h ^= h >> _HALF
+    return np.int64(h & (np.uint64(size) - _ONE))
+
+
+@_jit
+def _append(tokens, n, table, chain, begin, end, first, origin):
+    """Index positions begin .. end; origin[t - begin] as in `anchors`, `first` for each of them or None."""
+    for t in range(begin, end):
+        if t < n - 1:
+            origin[t - begin] = -1
+            continue
+        bucket = _bucket(tokens, t, n, table.size)
+        j = np.int64(table[bucket])
+        chain[t] = j
+        table[bucket] = t
+        start = n - 1 + (np.int64(0) if first is None else first[t - begin])
+        found = np.int64(-1)
+        # Positions fall along a chain: below `start` there is nothing more to find.
+        while j >= start and t >= start:
+            k = 0
+            while k < n and tokens[j - k] == tokens[t - k]:
+                k += 1
+            if k == n:
+                found = j + 1
+                break
+            j = np.int64(chain[j])
+        origin[t - begin] = found
+
+
+@_jit
+def _remove(tokens, n, table, chain, begin, end):
+    """Undo `_append` of positions begin .. end, which are the last ones."""
+    for t in range(end - 1, max(begin, n - 1) - 1, -1):
+        table[_bucket(tokens, t, n, table.size)] = chain[t]
+
+
+@_jit
+def _batch(tokens, orders, size, first, origin, begin, end):
+    rows, length = tokens.shape
+    table, chain = np.empty(size, np.int32), np.empty(length, np.int32)
+    found = np.empty(length, np.int64)
+    for part in range(begin, end):
+        row, number = part // orders.size, part % orders.size
+        table[:] = -1
+        starts = None if first is None else first[row]
+        _append(tokens[row], orders[number], table, chain, 0, length, starts, found)
+        origin[row, :, number] = found
+
+
+def batch(tokens: Tensor, orders: Sequence[int], first: Tensor | None) -> Tensor:
+    """`starlm.ops.anchors` for CPU tensors."""
+    rows, length = tokens.shape
+    origin = torch.empty(rows, length, len(orders), dtype=torch.int64)
+    ids = tokens.to(torch.int64).contiguous().numpy()
+    starts = None if first is None else first.to(torch.int64).contiguous().numpy()
+    numbers, size, out = np.array(orders, np.int64), _table_size(length), origin.numpy()
+    _spread(
+        lambda begin, end: _batch(ids, numbers, size, starts, out, begin, end),
+        rows * len(orders),
+        origin.numel(),
+    )
+    return origin
+
+
+def _table_size(length: int) -> int:
+    return 1 << max(2 * length - 1, 15).bit_length()
+
+
+class NgramIndex:
+    """The n-grams of one sequence that grows at its end, for several n at once.
+
+    Appending costs one look-up per token and n; cropping one step per token and n given back; a copy is a
+    copy of 4 arrays. About 12 bytes per token and n.
+    """
+
+    def __init__(self, orders: Sequence[int]) -> None:
+        """Args: orders: the values of n."""
+        self.orders, self.length = tuple(orders), 0
+        self._tokens = np.empty(0, np.int32)
+        self._tables: list[np.ndarray] = []
+        self._chains: list[np.ndarray] = []
+
+    def append(self, tokens: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+        """Index more tokens.
+
+        Args:
+            tokens: integers [T].
+            first: first row that each of them may read, int64 [T]; default 0.
+
+        Returns:
+            Origins as `starlm.ops.anchors` gives them, int64 [T, N].
+        """
+        begin, end = self.length, self.length + len(tokens)
+        self._reserve(end)
+        self._tokens[begin:end] = tokens
+        origin = np.empty((len(self.orders), len(tokens)), np.int64)
+        for n, table, chain, found in zip(self.orders, self._tables, self._chains, origin, strict=True):
+            _append(self._tokens, n, table, chain, begin, end, first, found)
+        self.length = end
+        return origin.T
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length >= self.length:
+            return
+        for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
+            _remove(self._tokens, n, table, chain, length, self.length)
+        self.length = length
+
+    def copy(self) -> "NgramIndex":
+        """An independent index of the same tokens."""
+        other = NgramIndex(self.orders)
+        other.length, other._tokens = self.length, self._tokens.copy()
+        other._tables = [table.copy() for table in self._tables]
+        other._chains = [chain.copy() for chain in self._chains]
+        return other
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(array.nbytes for array in (self._tokens, *self._tables, *self._chains))
+
+    def _reserve(self, length: int) -> None:
+        if length <= len(self._tokens):
+            return
+        capacity = max(2 * len(self._tokens), length, 64)
+        self._tokens = np.resize(self._tokens, capacity)
+        # A larger table has other buckets, so the chains are laid anew: each token moves a bounded number of
+        # times, since the capacity doubles.
+        self._tables = [np.full(_table_size(capacity), -1, np.int32) for _ in self.orders]
+        self._chains = [np.empty(capacity, np.int32) for _ in self.orders]
+        unused = np.empty(self.length, np.int64)
+        for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
+            _append(self._tokens, n, table, chain, 0, self.length, None, unused)
