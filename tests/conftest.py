@@ -1,4 +1,4 @@
-"""For all tests: shapes checked, seeded, and fresh memory full of NaN, so that what is left unwritten shows."""
+"""For all tests: shapes checked, seeded, fresh memory full of NaN, so that what is left unwritten shows."""
 
 import numpy as np
 import pytest

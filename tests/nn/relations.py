@@ -4,7 +4,7 @@ import torch
 
 
 def randomise(module, shift=6.0):
-    """`module` with all parameters random: at the start heads and output projections are zero and hide the rest.
+    """`module` with all parameters random: fresh heads and output projections are zero, and hide the rest.
 
     Args:
         shift: scale of the shift projections, so that shifts reach tens of tokens.
@@ -18,7 +18,7 @@ def randomise(module, shift=6.0):
 
 @torch.no_grad()
 def assert_causal(run, x, other, cuts):
-    """run(x) up to row t is the same, bit for bit, when everything after t becomes `other`; for t in `cuts`."""
+    """run(x) up to row t stays the same, bit for bit, when all after t becomes `other`; for t in `cuts`."""
     wanted = run(x)
     assert wanted.isfinite().all()
     for t in cuts:
