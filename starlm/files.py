@@ -3,12 +3,19 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from starlm.errors import InputError
+
+_FULL = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file is larger than the file system or ulimit -f allows",
+}
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -17,14 +24,16 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         InputError: the disk is full or the folder is not writable; the old file is untouched.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _beside(path, "partial")
     with readable_os_errors(path):
+        settle(path)
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -33,32 +42,64 @@ def write_whole(path: Path, data: bytes) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    It is written beside its place, synced file by file, and renamed. Leftovers of killed processes are
-    removed. An existing `path` is replaced.
+    It is written beside its place, synced file by file, and renamed. An existing `path` is replaced.
 
     Raises:
         InputError: the disk is full or the place is not writable; an existing `path` is untouched.
     """
     with readable_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.partial-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        settle(path)
+        partial, old = _beside(path, "partial"), _beside(path, "old")
         partial.mkdir()
         try:
             yield partial
             for file in sorted(partial.rglob("*")):
-                _sync(file)
-            _sync(partial)
+                sync(file)
+            sync(partial)
+            # Python cannot swap two folders. Between these two renames `path` is missing; whoever is killed
+            # there leaves both, and `settle` puts the old one back.
             if path.exists():
-                shutil.rmtree(path)
+                path.rename(old)
             partial.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            settle(path)
 
 
-def _sync(path: Path) -> None:
+def settle(path: Path) -> None:
+    """Remove what killed processes left beside `path`; put back what one of them had just moved aside.
+
+    Leftovers of processes that still run are theirs.
+    """
+    if not path.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(partial|old)-(\d+)")
+    for leftover in path.parent.iterdir():
+        match = pattern.fullmatch(leftover.name)
+        if not match or _runs_elsewhere(int(match[2])):
+            continue
+        if match[1] == "old" and not path.exists():
+            leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    # A leading dot: what looks for checkpoints or documents passes it over.
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    """Whether this is the number of a process other than this one."""
+    import psutil
+
+    return pid != os.getpid() and psutil.pid_exists(pid)
+
+
+def sync(path: Path) -> None:
     """Make the file or folder durable (folders cannot be opened for it on Windows)."""
     if path.is_dir() and os.name == "nt":
         return
@@ -81,10 +122,15 @@ def readable_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise InputError(
-                f"The disk is full: {path} could not be written. What was there before is untouched. Free "
-                f"some space or choose another folder, then run the same command again."
+                f"{_FULL[error.errno]}: {path} could not be written. What was there before is untouched. "
+                f"Free some space or choose another folder, then run the same command again."
+            ) from error
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise InputError(
+                f"Cannot write {path}: it is a mount point, which cannot be replaced as a whole. Choose a "
+                f"folder within it."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(

@@ -1,8 +1,35 @@
-"""Fixtures for all tests: seeded, and with fresh memory full of NaN, so that what is left unwritten shows."""
+"""For all tests: shapes checked, seeded, fresh memory full of NaN, so that what is left unwritten shows."""
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Where tensors have shapes. Not starlm.ops.cpu: numba compiles what it finds there.
+SHAPE_CHECKED = [
+    "starlm.ops.deform",
+    "starlm.ops.reference",
+    "starlm.nn",
+    "starlm.model.model",
+    "starlm.model.state",
+]
+_checks_shapes = pytest.StashKey[bool]()
+
+
+def pytest_configure(config):
+    """Check the shape annotations of these modules at run time, but for `pytest -m compile`."""
+    words = config.option.markexpr.replace("not compile", "").split()
+    config.stash[_checks_shapes] = "compile" not in words
+    if config.stash[_checks_shapes]:
+        install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if config.stash[_checks_shapes] and any(item.get_closest_marker("compile") for item in items):
+        raise pytest.UsageError(
+            "torch.compile cannot trace the shape checks: run its tests by pytest -m compile."
+        )
 
 
 @pytest.fixture(autouse=True)

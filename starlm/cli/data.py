@@ -50,17 +50,12 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     from starlm.data.prepare import prepare
 
     sources = source_list(options.sources)
-    tokenizer = None
-    if options.tokenizer is not None:
-        from starlm.data.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(options.tokenizer)
     with console.progress() as progress:
         report = prepare(
             sources,
             options.out,
             vocab_size=options.vocab_size,
-            tokenizer=tokenizer,
+            tokenizer=options.tokenizer,
             validation_fraction=options.validation_fraction,
             text_field=options.text_field,
             overwrite=options.overwrite,

@@ -29,7 +29,7 @@ from starlm.data.shards import (
 )
 from starlm.data.tokenizer import FILE, Tokenizer
 from starlm.errors import InputError
-from starlm.files import sha256, whole_folder
+from starlm.files import readable_os_errors, settle, sha256, whole_folder
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -113,6 +113,8 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     identity = _identity(files, options)
+    with readable_os_errors(out):
+        settle(out.resolve())
     reused = _check_out(out, identity, overwrite)
     if reused:
         return _report(reused.meta, out, reused=True, seconds=time.perf_counter() - began)

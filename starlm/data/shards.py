@@ -11,13 +11,14 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from starlm.errors import InputError
-from starlm.files import sha256
+from starlm.files import settle, sha256
 
 FORMAT = "starlm-data"
 VERSION = 1
@@ -181,6 +182,10 @@ class TokenData:
             InputError: there is no prepared data, or a file of it is missing, truncated or of another kind.
         """
         folder = Path(folder)
+        if not folder.exists():
+            # Somebody may have been killed while replacing it. If that cannot be mended, it is missing.
+            with suppress(OSError):
+                settle(folder)
         meta = _read_meta(folder)
         try:
             dtype = token_dtype(meta["vocab_size"])

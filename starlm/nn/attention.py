@@ -39,7 +39,9 @@ class Attention(nn.Module):
         """Attend to rows first .. own row; arguments as for `Deformer.forward`, `origins` without effect."""
         batch, length, _ = x.shape
         q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
-        past = torch.tensor([0] * batch if state is None else state.lengths, device=x.device)
+        past = torch.tensor(
+            [0] * batch if state is None else state.lengths, dtype=torch.long, device=x.device
+        )
         position = past[:, None] + torch.arange(length, device=x.device)
         # Positions count from the document's start, so a packed document sees what it would see alone.
         rotary = position if first is None else (position - first).clamp(min=0)

@@ -6,12 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Rows up to which a bounded buffer is made in full at once.
+SMALL = 1024
+
 
 class Rows:
     """Append-only rows [B, S, H, C], one position per batch row (slot); bounded, if asked, to the last ones.
 
-    Absolute row r of slot b lies at r - base[b]. Memory grows by doubling, or, with `keep`, stays at about
-    twice that many rows: when the buffer is full, the last `keep` rows move to its front.
+    Absolute row r of slot b lies at r - base[b]. Memory grows by doubling, with `keep` up to about twice that
+    many rows: when the buffer is full then, the last `keep` rows move to its front.
     """
 
     def __init__(self, keep: int | None = None) -> None:
@@ -51,14 +54,13 @@ class Rows:
         self.base = self.base or [0] * batch
         capacity = 0 if self.data is None else self.data.shape[1]
         needed = max(n - base for n, base in zip(lengths, self.base, strict=True)) + length
-        if needed <= capacity:
+        if self.data is not None and needed <= capacity:
             return
         old, old_base = self.data, list(self.base)
-        if self.keep is None:
-            capacity = max(2 * capacity, needed, 64)
-        else:
+        capacity = max(2 * capacity, needed, 64 if self.keep is None else SMALL)
+        if self.keep is not None and capacity >= (full := self.keep + max(self.keep, length, 64)):
             self.base = [max(base, n - self.keep) for base, n in zip(old_base, lengths, strict=True)]
-            capacity = self.keep + max(self.keep, length, 64)
+            capacity = full
             # A buffer that one long call had stretched shrinks again here.
             reuse = old is not None and old.shape[1] == capacity
             if reuse and old is not None:

@@ -9,6 +9,7 @@ depend on the number of threads and is always deterministic.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -192,7 +193,7 @@ def _spread(work: Callable[[int, int], None], count: int, elements: int) -> None
         work(0, count)
         return
     ends = [count * i // threads for i in range(threads + 1)]
-    shares = [_pool().submit(work, *share) for share in zip(ends[1:-1], ends[2:], strict=True)]
+    shares = [_pool().submit(work, *share) for share in pairwise(ends[1:])]
     try:
         work(ends[0], ends[1])
     finally:

@@ -54,22 +54,37 @@ def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = 
     """
     # 1. What there is: data, tokenizer, device, an earlier session.
     data = TokenData.open(config.data)
+    training, validation = data.splits["train"], data.splits["validation"]
     tokenizer = Tokenizer.load(config.data)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise InputError(
             f"The data in {config.data} has a vocabulary of {tokenizer.vocab_size} tokens, the model one of "
-            f"{config.model.vocab_size}. Set model.vocab_size to {tokenizer.vocab_size}, or prepare other data."
+            f"{config.model.vocab_size}. Set model.vocab_size to {tokenizer.vocab_size}, or prepare other "
+            f"data."
         )
     device = pick_device(config.device)
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(device))
     run = Run(config)
     num_steps, start = config.num_steps, run.last_step()
+    if start > num_steps:
+        raise InputError(
+            f"{run.folder} is at step {start} already, beyond the horizon of {num_steps} steps. Give a "
+            f"horizon of {start} steps or more, or another --out for a new run."
+        )
 
     # 2. Model, optimizers, and what the last checkpoint remembers of them.
     torch.manual_seed(config.seed)
     model = StarLM(config.model).to(device)
     optimizers = Optimizers(model, config.optim)
-    seconds = run.load(model, optimizers)["seconds"] if start else 0.0
+    before = {"seconds": 0.0, "data": training.fingerprint}
+    if start:
+        before |= run.load(model, optimizers)
+    if before["data"] != training.fingerprint:
+        raise InputError(
+            f"{run.folder} was trained on other data than {config.data} now holds. Prepare the data as it "
+            f"was, or choose another --out for a new run."
+        )
+    seconds = before["seconds"]
     loss_of = torch.compile(model.loss) if config.compile else model.loss
     text_model = TextModel(model, tokenizer)
     run.begin(tokenizer, start)
@@ -81,14 +96,15 @@ def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = 
         return record
 
     def save(step: int) -> Path:
-        path = run.save(step, model, optimizers, tokenizer, {"seconds": seconds, "seed": config.seed})
+        extra = {"seconds": seconds, "data": training.fingerprint}
+        path = run.save(step, model, optimizers, tokenizer, extra)
         emit("checkpoint", step=step, path=str(path))
         return path
 
     def validate(step: int) -> dict[str, float]:
         result = evaluate(
             model,
-            data.splits["validation"],
+            validation,
             tokenizer,
             max_tokens=config.eval_tokens or None,
             precision="bfloat16" if bfloat16 else "float32",
@@ -120,7 +136,7 @@ def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = 
     # 3. The steps.
     rows = config.micro_rows or config.rows
     loader = PackedLoader(
-        data.splits["train"],
+        training,
         rows=config.rows,
         length=config.model.context,
         seed=config.seed,

@@ -37,7 +37,7 @@ class Optimizers:
 
     def __init__(self, model: StarLM, config: OptimConfig) -> None:
         self.config = config
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = _groups(model)
         scale = (model.config.width / 768) ** -0.5
         adam = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
-from starlm.files import whole_folder, write_whole
+from starlm.files import readable_os_errors, sync, whole_folder, write_whole
 from starlm.model.checkpoint import (
     load_model,
     load_tensors,
@@ -59,16 +59,18 @@ class Run:
         ]
         if changed:
             raise InputError(
-                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to "
-                f"go on with it, or another --out for a new run."
+                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Give the same "
+                f"settings to go on with it, or another --out for a new run."
             )
 
     def begin(self, tokenizer: Tokenizer, step: int) -> None:
-        """Write settings and tokenizer; drop metrics of steps after `step`, which will be run again."""
+        """Write settings and tokenizer; drop what a killed session left of steps after `step`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(self.folder / "tokenizer.json")
+        self._remove_leftovers()
+        # The settings first: a folder without them is not taken for a run.
         write_whole(self.folder / "run.toml", to_toml(self.config).encode())
-        kept = [r for r in self.records() if r.get("step", 0) <= step and not (r["kind"] == "end")]
+        tokenizer.save(self.folder / "tokenizer.json")
+        kept = [r for r in self.records() if r.get("step", 0) <= step and r["kind"] != "end"]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
 
@@ -86,8 +88,13 @@ class Run:
         return records
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("ab") as file:
+        """Append one record to metrics.jsonl.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        path = self.folder / "metrics.jsonl"
+        with readable_os_errors(path), path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
 
     def last_step(self) -> int:
@@ -104,6 +111,7 @@ class Run:
             extra: plain values that `load` gives back.
         """
         path = self.folder / "checkpoints" / f"step-{step:06d}"
+        sync(self.folder / "metrics.jsonl")
         with whole_folder(path) as folder:
             write_model(model, folder, bos=tokenizer.bos)
             tokenizer.save(folder / "tokenizer.json")
@@ -112,12 +120,14 @@ class Run:
             write_manifest(folder)
         for old in steps(self.folder)[: -self.config.keep]:
             # Renamed first, so that a kill in the middle leaves no folder that looks like a checkpoint.
-            doomed = old.with_name(f".{old.name}.removed")
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-        for doomed in path.parent.glob(".*.removed"):
-            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(old.with_name(f".{old.name}.removed"))
+        self._remove_leftovers()
         return path
+
+    def _remove_leftovers(self) -> None:
+        """Remove what is no checkpoint any more, or never became one."""
+        for leftover in (self.folder / "checkpoints").glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self, model: StarLM, optimizers: Optimizers) -> dict[str, Any]:
         """Take over weights and optimizer state of the last checkpoint; returns its `extra` and step.

@@ -56,6 +56,16 @@ def test_data_prepare(command, fake_data):
     assert "tokens: 2/2 (100%)" in done.err
 
 
+def test_data_prepare_with_a_tokenizer_that_is_there(command):
+    Path("text").mkdir()
+    Path("text/a.txt").write_text("one\n" * 50)
+    tokenizer = Tokenizer.train(["two"], 265)
+    tokenizer.save(Path("t.json").absolute())
+    done = command("data", "prepare", "text", "--out", "d", "--tokenizer", "t.json", "--json")
+    assert done.code == 0, done.err
+    assert Tokenizer.load("d").fingerprint == tokenizer.fingerprint
+
+
 def test_data_prepare_of_the_embedded_corpus(command, fake_data):
     command("data", "prepare")
     assert fake_data.prepared[0][0] == "embedded"

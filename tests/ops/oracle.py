@@ -45,4 +45,5 @@ def assert_same(name, got, wanted, tolerance):
     assert torch.equal(got.isnan(), wanted.isnan()), f"{name}: NaN in other places"
     error = (got - wanted).nan_to_num(0.0).abs()
     worst = error.max().item() if error.numel() else 0.0
-    assert worst <= tolerance, f"{name}: off by {worst:.3g} at {error.argmax().item()}, allowed {tolerance:.3g}"
+    where = error.argmax().item() if error.numel() else None
+    assert worst <= tolerance, f"{name}: off by {worst:.3g} at {where}, allowed {tolerance:.3g}"
