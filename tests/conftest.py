@@ -7,6 +7,8 @@ from jaxtyping import install_import_hook
 
 # Where tensors have shapes. Not starlm.ops.cpu: numba compiles what it finds there.
 SHAPE_CHECKED = [
+    "starlm.ops.anchors",
+    "starlm.ops.box",
     "starlm.ops.deform",
     "starlm.ops.reference",
     "starlm.nn",

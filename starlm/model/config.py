@@ -19,7 +19,8 @@ class StarLMConfig:
     heads: int = 0
     """Heads per layer; 0 means one per 32 channels up to width 512, one per 64 beyond."""
     layers: str = "D"
-    """Pattern of layers, repeated to `depth`: D a Deformer, A attention (e.g. DDDA)."""
+    """Pattern of layers, repeated to `depth` (e.g. DDDA): D a Deformer, A attention, W attention over a sliding
+    window, C a gated short convolution."""
     preset: Preset = "gated"
     """Form of the Deformer layers."""
     kinds: tuple[str, ...] = ()
@@ -33,8 +34,14 @@ class StarLMConfig:
     """Furthest reach of a Deformer head in tokens; None is unbounded. Bounded means constant memory."""
     shift_init: float | None = None
     """Shift in tokens that `now` heads start from (a learned bias); None has no bias: 0.8 on average."""
+    stagger: float = 0.0
+    """x"""
+    age: bool = False
+    """x"""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
+    attention_window: int = 128
+    """Rows that a query sees in W layers."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies in attention layers."""
 
@@ -48,8 +55,8 @@ class StarLMConfig:
         require(0 <= self.dim <= 2**20, "0 (for 64 * depth) or a width up to 2^20", "dim")
         require(self.heads >= 0, "0 (automatic) or more", "heads")
         require(
-            bool(self.layers) and not set(self.layers) - set("DA"),
-            "a pattern of the letters D (Deformer) and A (attention)",
+            bool(self.layers) and not set(self.layers) - set("DAWC"),
+            "a pattern of the letters D (Deformer), A (attention), W (windowed attention), C (convolution)",
             "layers",
         )
         require(self.preset in PRESETS, f"one of {', '.join(PRESETS)}", "preset")
@@ -63,6 +70,7 @@ class StarLMConfig:
         )
         require(self.softcap >= 0, "0 (off) or positive", "softcap")
         require(self.rope_base > 1, "above 1", "rope_base")
+        require(self.attention_window >= 1, "at least 1", "attention_window")
         try:
             kinds_of_heads(self.preset, self.kinds, 1)
             [order_of(kind) for kind in self.kinds]
@@ -73,7 +81,7 @@ class StarLMConfig:
                 f"model.heads must divide the width; got {self.num_heads} heads for width "
                 f"{self.width}. Choose heads from the divisors of {self.width}."
             )
-        if "A" in self.layer_kinds and self.head_dim % 2:
+        if set("AW") & set(self.layer_kinds) and self.head_dim % 2:
             raise InputError(
                 f"Attention layers need an even number of channels per head for rotary positions; got "
                 f"{self.head_dim} (width {self.width} over {self.num_heads} heads). Change model.heads."
@@ -104,7 +112,7 @@ class StarLMConfig:
         """Every n for which some head is anchored to n-grams, rising."""
         if "D" not in self.layer_kinds:
             return ()
-        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind))}))
+        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind)) is not None}))
 
     @property
     def layer_kinds(self) -> str:
@@ -116,9 +124,10 @@ class StarLMConfig:
         """Parameters by part: embedding, head, mixers, mlps, total."""
         d = self.width
         deformer = (3 if self.preset == "value" else 4) * d * d
-        if self.shift_init is not None or "box" in self.head_kinds:
+        if self.shift_init is not None or "box" in self.head_kinds or self.stagger:
             deformer += (2 if self.preset == "product" else 1) * d
-        mixers = sum(deformer if kind == "D" else 4 * d * d for kind in self.layer_kinds)
+        sizes = {"D": deformer, "A": 4 * d * d, "W": 4 * d * d, "C": 4 * d * d + 3 * d}
+        mixers = sum(sizes[kind] for kind in self.layer_kinds)
         parts = {
             "embedding": self.vocab_size * d,
             "head": self.vocab_size * d,
@@ -135,5 +144,8 @@ class StarLMConfig:
         """
         parts = self.num_parameters
         weights = parts["total"] - parts["embedding"]
-        attended = 12 * self.width * (length or self.context) // 2
-        return 6 * weights + self.layer_kinds.count("A") * attended
+        length = length or self.context
+        # Rows that a query sees on average.
+        seen = {"A": length / 2, "W": min(self.attention_window, length / 2)}
+        attended = sum(seen.get(kind, 0) for kind in self.layer_kinds)
+        return 6 * weights + round(12 * self.width * attended)

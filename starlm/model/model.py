@@ -9,6 +9,7 @@ from starlm.model.config import StarLMConfig
 from starlm.model.state import INDEX_BYTES, DecodeState
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
+from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
@@ -37,7 +38,7 @@ class StarLM(nn.Module):
         nn.init.normal_(self.embedding.weight)
         nn.init.zeros_(self.head.weight)
         for module in self.modules():
-            if isinstance(module, Deformer | Attention | MLP):
+            if isinstance(module, Deformer | Attention | ShortConv | MLP):
                 module.reset_parameters()
 
     def forward(
@@ -123,7 +124,8 @@ class StarLM(nn.Module):
         head = sum(sizes.get(kind, element_size) for kind in config.head_kinds) * config.head_dim
         deformer = head * (2 if config.preset == "product" else 1)
         attention = 2 * config.width * element_size
-        rows = sum(attention if kind == "A" else deformer for kind in config.layer_kinds)
+        growing = {"A": attention, "D": deformer}
+        rows = sum(growing.get(kind, 0) for kind in config.layer_kinds)
         return rows + INDEX_BYTES * len(config.orders)
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
@@ -135,8 +137,11 @@ class StarLM(nn.Module):
 
 
 def _block(config: StarLMConfig, kind: str) -> Block:
-    if kind == "A":
-        mixer = Attention(config.width, config.num_heads, rope_base=config.rope_base)
+    if kind in "AW":
+        window = config.attention_window if kind == "W" else None
+        mixer = Attention(config.width, config.num_heads, rope_base=config.rope_base, window=window)
+    elif kind == "C":
+        mixer = ShortConv(config.width)
     else:
         mixer = Deformer(
             config.width,
@@ -146,5 +151,7 @@ def _block(config: StarLMConfig, kind: str) -> Block:
             max_shift=config.max_shift,
             shift_init=config.shift_init,
             window=max(2, config.context // 2),
+            stagger=config.stagger,
+            age=config.age,
         )
     return Block(mixer, MLP(config.width, config.mlp_ratio) if config.mlp_ratio else None)

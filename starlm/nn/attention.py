@@ -1,4 +1,4 @@
-"""Causal attention: the baseline, and the A in a pattern of layers."""
+"""Causal attention: the baseline; in a pattern of layers A, or W with a sliding window."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,18 @@ from starlm.nn.state import LayerState, local
 class Attention(nn.Module):
     """Softmax attention with rotary positions (arXiv 2104.09864) and normalised queries and keys."""
 
-    def __init__(self, dim: int, heads: int, *, rope_base: float = 10000.0) -> None:
-        """Args: dim: width D. heads: H; D = H * C, C even. rope_base: base of the rotary frequencies."""
+    def __init__(
+        self, dim: int, heads: int, *, rope_base: float = 10000.0, window: int | None = None
+    ) -> None:
+        """Args:
+        dim: width D.
+        heads: H; D = H * C, C even.
+        rope_base: base of the rotary frequencies.
+        window: rows that a query sees, its own among them; None is all. Then cost is linear in T, and
+            decoding keeps this many rows.
+        """
         super().__init__()
-        self.heads, self.rope_base = heads, rope_base
+        self.heads, self.rope_base, self.window = heads, rope_base, window
         self.query, self.key, self.value = linear(dim, dim), linear(dim, dim), linear(dim, dim)
         self.out = linear(dim, dim)
         self.reset_parameters()
@@ -46,30 +54,63 @@ class Attention(nn.Module):
         # Positions count from the document's start, so a packed document sees what it would see alone.
         rotary = position if first is None else (position - first).clamp(min=0)
         q, k = (_rotate(rms(heads), rotary, self.rope_base) for heads in (q, k))
+        if state is None and self.window is not None and self.window < length:
+            y = _windowed(q, k, v, first, self.window)
+            return self.out(y.flatten(-2))
         mask = None
         if state is not None:
-            k, base = state.append("key", k, keep=None)
-            v, _ = state.append("value", v, keep=None)
-            _, start = local(first, state.lengths, base, x)
+            keep = None if self.window is None else self.window - 1
+            k, base = state.append("key", k, keep=keep)
+            v, _ = state.append("value", v, keep=keep)
+            first, start = local(first, state.lengths, base, x)
+            position = position - torch.tensor(base, device=x.device)[:, None]
             # One token, or the first call: nothing to mask within equally long slots.
-            if first is not None or not isinstance(start, int) or (start and length > 1):
-                mask = _mask(position, first, k.shape[1])
+            if first is not None or not isinstance(start, int) or (start and length > 1) or self.window:
+                mask = _mask(position, first, k.shape[1], self.window)
         elif first is not None:
-            mask = _mask(position, first, length)
+            mask = _mask(position, first, length, None)
         causal = mask is None and length > 1
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
-def _mask(position: Tensor, first: Tensor | None, num_rows: int) -> Tensor:
-    """True where query t may read row s: first <= s <= t, or s == t; [B, 1, T, S]."""
+def _mask(position: Tensor, first: Tensor | None, num_rows: int, window: int | None) -> Tensor:
+    """True where query t may read row s: first <= s <= t and t - window < s, or s == t; [B, 1, T, S]."""
     rows = torch.arange(num_rows, device=position.device)
     own = position[:, :, None]
     allowed = rows <= own
+    if window is not None:
+        allowed = allowed & (rows > own - window)
     if first is not None:
         allowed = (allowed & (rows >= first[:, :, None])) | (rows == own)
     return allowed[:, None]
+
+
+def _windowed(
+    q: Float[Tensor, "B T H C"],
+    k: Float[Tensor, "B T H C"],
+    v: Float[Tensor, "B T H C"],
+    first: Int[Tensor, "B T"] | None,
+    window: int,
+) -> Float[Tensor, "B T H C"]:
+    """Attention to the last `window` rows, in blocks of that length that see themselves and the one before."""
+    batch, length = q.shape[:2]
+    blocks = -(-length // window)
+    padding = blocks * window - length
+    q, k, v = (nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (blocks, window)) for x in (q, k, v))
+    # [B, blocks, 2 * window, H, C]: the block before the first is empty, and masked.
+    k, v = (torch.cat([nn.functional.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
+    query = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)
+    row = query[:, :1] - window + torch.arange(2 * window, device=q.device)
+    allowed = (row <= query) & (row > query - window) & (row >= 0)
+    allowed = allowed.expand(batch, -1, -1, -1)
+    if first is not None:
+        start = nn.functional.pad(first, (0, padding)).view(batch, blocks, window, 1)
+        allowed = (allowed & (row >= start)) | (row == query)
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed.flatten(0, 1)[:, None])
+    return y.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
 
 def _rotate(x: Float[Tensor, "B T H C"], position: Int[Tensor, "B T"], base: float) -> Tensor:

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.nn.attention import Attention
+from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
@@ -15,7 +16,7 @@ from starlm.nn.state import LayerState
 class Block(nn.Module):
     """x += mixer(rms x); x += mlp(rms x), the latter if there is an MLP."""
 
-    def __init__(self, mixer: Deformer | Attention, mlp: MLP | None) -> None:
+    def __init__(self, mixer: Deformer | Attention | ShortConv, mlp: MLP | None) -> None:
         super().__init__()
         self.mixer, self.mlp = mixer, mlp
 

@@ -27,6 +27,8 @@ def order_of(kind: str) -> int | None:
     """
     if kind in ("now", "box"):
         return None
+    if kind == "suffix":
+        return 0
     match = re.fullmatch(r"([4-9]|[1-9]\d)-gram", kind)
     if kind in _ORDERS or match:
         return _ORDERS[kind] if match is None else int(match[1])
@@ -44,4 +46,4 @@ def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[st
     """
     pattern = tuple(kinds) or (STAR if preset == "star" else ("now",))
     chosen = [pattern[head % len(pattern)] for head in range(heads)]
-    return tuple(sorted(chosen, key=lambda kind: (kind == "box", order_of(kind) or 0)))
+    return tuple(sorted(chosen, key=lambda kind: (kind == "box", order_of(kind) if order_of(kind) is not None else -1)))

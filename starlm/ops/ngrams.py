@@ -103,6 +103,7 @@ class NgramIndex:
         self._tokens = np.empty(0, np.int32)
         self._tables: list[np.ndarray] = []
         self._chains: list[np.ndarray] = []
+        self._reserve(1)
 
     def append(self, tokens: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
         """Index more tokens.
@@ -125,11 +126,9 @@ class NgramIndex:
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        if length >= self.length:
-            return
         for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
             _remove(self._tokens, n, table, chain, length, self.length)
-        self.length = length
+        self.length = min(length, self.length)
 
     def copy(self) -> "NgramIndex":
         """An independent index of the same tokens."""

@@ -1,0 +1,118 @@
+"""Train one variant and measure it: one JSON file per run.
+
+    python -m experiments.lm star transformer --steps 300 --seeds 0 1 2 --rates 0.01 0.02 0.04
+
+Runs that have a result are skipped, a run that was cut off goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from experiments.measure import by_position_and_recall
+from experiments.variants import VARIANTS
+from starlm.data.prepare import prepare
+from starlm.data.shards import TokenData
+from starlm.files import write_whole
+from starlm.generate.text import load
+from starlm.model.config import StarLMConfig
+from starlm.train.config import OptimConfig, TrainConfig
+from starlm.train.loop import train
+
+RESULTS = Path(__file__).parent / "results" / "lm"
+WORK = Path("runs/experiments")
+EVAL_TOKENS = 65536
+
+
+def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
+    """Train and measure one variant; the path of its result."""
+    key = f"{args.corpus}-{name}-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}-lr{rate}-seed{seed}"
+    result = RESULTS / f"{key}.json"
+    if result.is_file():
+        return result
+    torch.set_num_threads(args.threads)
+    data = WORK / "data" / args.corpus
+    sources = "embedded" if args.corpus == "embedded" else [args.corpus_path]
+    if not data.exists():
+        prepare(sources, data, vocab_size=args.vocab)
+    vocab = TokenData.open(data).vocab_size
+    config = TrainConfig(
+        data=data,
+        out=WORK / key,
+        model=StarLMConfig(
+            vocab_size=vocab, depth=args.depth, dim=args.width, context=args.length, **VARIANTS[name]
+        ),
+        optim=OptimConfig(matrix_lr=rate),
+        batch_tokens=args.batch,
+        steps=args.steps,
+        eval_every=args.eval_every,
+        eval_tokens=EVAL_TOKENS,
+        save_every=50,
+        keep=1,
+        sample_prompts=(),
+        precision="float32",
+        seed=seed,
+    )
+    curve: list[tuple[int, float]] = []
+    seconds: list[float] = []
+
+    def note(record: dict) -> None:
+        if record["kind"] == "step":
+            seconds.append(record["tokens_per_second"])
+        if record["kind"] == "validation":
+            curve.append((record["step"], round(record["loss"], 4)))
+            print(f"{key}: step {record['step']} loss {record['loss']:.4f}", flush=True)
+
+    end = train(config, on_record=note)
+    model = load(config.out, device="cpu").model
+    split = by_position_and_recall(model, TokenData.open(data).splits["validation"], EVAL_TOKENS)
+    parts = config.model.num_parameters
+    record = {
+        "variant": name,
+        "corpus": args.corpus,
+        "width": args.width,
+        "depth": args.depth,
+        "length": args.length,
+        "steps": args.steps,
+        "tokens": end["tokens"],
+        "matrix_lr": rate,
+        "seed": seed,
+        "parameters": parts,
+        "loss": end["loss"],
+        "bits_per_byte": end["bits_per_byte"],
+        "tokens_per_second_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "curve": curve,
+        **split,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(result, (json.dumps(record, indent=1) + "\n").encode())
+    return result
+
+
+def main() -> None:
+    """Run every combination that was asked for, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.02], help="Muon's learning rates")
+    parser.add_argument("--eval-every", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--corpus", default="embedded", help="embedded, or a name for --corpus-path")
+    parser.add_argument("--corpus-path", help="text file or folder of another corpus")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for rate in args.rates:
+            for name in args.variants:
+                run(name, args, seed, rate)
+
+
+if __name__ == "__main__":
+    main()

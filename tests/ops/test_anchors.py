@@ -1,0 +1,155 @@
+"""Anchors against a search by hand: both forms, the growing index, documents, padding, collisions."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from starlm.errors import InputError
+from starlm.ops import anchors, ngrams
+from starlm.ops.anchors import anchors_reference
+from starlm.ops.ngrams import NgramIndex
+
+FORMS = {"cpu": anchors, "sort": lambda x, orders, first=None: anchors_reference(x, orders, first)}
+
+
+def search(tokens, n, first):
+    """DESIGN's formula by comparison with every earlier row."""
+    found = []
+    for t in range(len(tokens)):
+        low = first[t] + n - 1
+        matches = [
+            j for j in range(low, t) if t >= low and tokens[j - n + 1 : j + 1] == tokens[t - n + 1 : t + 1]
+        ]
+        found.append(matches[-1] + 1 if matches else -1)
+    return found
+
+
+def searched(tokens, orders, first=None):
+    rows = torch.zeros_like(tokens) if first is None else first
+    found = [
+        [search(x.tolist(), n, f.tolist()) for n in orders] for x, f in zip(tokens, rows, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.int64).view(len(tokens), len(orders), -1).transpose(1, 2)
+
+
+def documents(batch, length):
+    """A `first` whose documents begin anywhere."""
+    starts = torch.rand(batch, length) < 0.15
+    return torch.where(starts, torch.arange(length), 0).cummax(1).values
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(0, 60),
+    vocab=st.sampled_from([1, 2, 3, 50, 2**31 - 1]),
+    orders=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    packed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_definition(form, batch, length, vocab, orders, packed, seed):
+    torch.manual_seed(seed)
+    tokens = torch.randint(vocab, (batch, length))
+    first = documents(batch, length) if packed else None
+    assert torch.equal(FORMS[form](tokens, orders, first=first), searched(tokens, orders, first))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_by_hand(form):
+    tokens = torch.tensor([[7, 8, 9, 7, 8, 8, 8]])
+    found = FORMS[form](tokens, [1, 2, 3])[0].T.tolist()
+    assert found == [[-1, -1, -1, 1, 2, 5, 6], [-1, -1, -1, -1, 2, -1, 6], [-1] * 7]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_later_tokens_change_nothing(form):
+    tokens = torch.randint(3, (2, 50))
+    other = tokens.clone()
+    other[:, 30:] = torch.randint(3, (2, 20))
+    a, b = (FORMS[form](x, [1, 2, 3]) for x in (tokens, other))
+    assert torch.equal(a[:, :30], b[:, :30])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_document_is_as_if_alone(form):
+    alone = torch.randint(3, (1, 20))
+    packed = torch.cat([torch.randint(3, (1, 13)), alone], dim=1)
+    first = torch.tensor([[0] * 13 + [13] * 20])
+    found, wanted = FORMS[form](packed, [1, 3], first=first)[:, 13:], FORMS[form](alone, [1, 3])
+    assert torch.equal(found, torch.where(wanted < 0, -1, wanted + 13))
+
+
+def test_both_forms_agree_on_a_long_text():
+    tokens, first = torch.randint(200, (2, 20_000)), documents(2, 20_000)
+    for rows in (None, first):
+        assert torch.equal(anchors(tokens, [1, 2, 3, 4], first=rows), anchors_reference(tokens, [1, 2, 3, 4], rows))
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 12), st.floats(0, 1)), min_size=1, max_size=12),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_index_equals_the_batch_after_any_crops(steps, seed):
+    rng = np.random.default_rng(seed)
+    index, sequence = NgramIndex((1, 2, 5)), []
+    for size, crop in steps:
+        keep = round(crop * len(sequence))
+        index.crop(keep)
+        del sequence[keep:]
+        new = rng.integers(0, 3, size).tolist()
+        found = index.append(np.array(new, np.int64))
+        sequence += new
+        whole = anchors(torch.tensor([sequence], dtype=torch.int64), [1, 2, 5])[0]
+        assert torch.equal(torch.from_numpy(found.copy()), whole[len(sequence) - size :])
+
+
+def test_the_index_grows_and_keeps_what_it_knew():
+    tokens = torch.randint(50, (1, 3000))
+    index = NgramIndex((2,))
+    found = [index.append(piece) for piece in np.split(tokens[0].numpy(), range(7, 3000, 7))]
+    assert torch.equal(torch.from_numpy(np.concatenate(found)), anchors(tokens, [2])[0])
+
+
+def test_a_copy_is_independent():
+    index = NgramIndex((1,))
+    index.append(np.array([1, 2, 3]))
+    other = index.copy()
+    other.append(np.array([4, 4, 4]))
+    assert index.append(np.array([1]))[0, 0] == 1
+    assert other.append(np.array([3]))[0, 0] == 3
+    other.crop(0)
+    assert index.append(np.array([2]))[0, 0] == 2
+
+
+def test_collisions_change_nothing(monkeypatch):
+    """With all n-grams in a few buckets the answer is the same: look-ups compare the tokens themselves."""
+    tokens = torch.randint(40, (1, 300))
+    wanted = searched(tokens, [1, 2])
+    sizes = []
+    monkeypatch.setattr(ngrams, "_table_size", lambda length: sizes.append(length) or 2)
+    assert torch.equal(anchors(tokens, [1, 2]), wanted)
+    assert torch.equal(torch.from_numpy(NgramIndex((1, 2)).append(tokens[0].numpy()).copy()), wanted[0])
+    assert sizes
+
+
+def test_the_index_states_its_memory():
+    index = NgramIndex((1, 2, 3))
+    index.append(np.arange(1 << 16))
+    # A token, and for each n a link and two to four places in a table.
+    assert 4 + 3 * 12 <= index.num_bytes / (1 << 16) <= 4 + 3 * 20
+
+
+def test_library_registration():
+    tokens = torch.randint(3, (2, 9))
+    for first in (None, documents(2, 9)):
+        torch.library.opcheck(torch.ops.starlm.anchors.default, (tokens, [1, 2], first))
+
+
+@pytest.mark.parametrize("orders", [[], [0], [2, -1]])
+def test_impossible_orders(orders):
+    with pytest.raises(InputError, match="orders of 1 or more"):
+        anchors(torch.zeros(1, 3, dtype=torch.int64), orders)
