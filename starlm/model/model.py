@@ -46,7 +46,7 @@ class StarLM(nn.Module):
         first: Int[Tensor, "B T"] | None = None,
         state: DecodeState | None = None,
         last_only: bool = False,
-    ) -> Float[Tensor, "B T V"]:
+    ) -> Float[Tensor, "B _ V"]:
         """Logits of the token after each of `tokens`, in fp32.
 
         Args:
@@ -104,15 +104,16 @@ class StarLM(nn.Module):
         """An empty decode state of `batch` sequences; see `DecodeState`."""
         return DecodeState(len(self.blocks), batch, rollback=rollback)
 
-    def state_bytes_per_token(self, element_size: int = 4) -> int:
-        """Bytes by which a decode state grows with each token of one sequence."""
-        growing = 0
-        for kind in self.config.layer_kinds:
+    def state_bytes(self, num_tokens: int) -> int:
+        """Bytes of the rows that a decode state of one sequence must hold after `num_tokens` tokens."""
+        config, rows = self.config, 0
+        for kind in config.layer_kinds:
             if kind == "A":
-                growing += 2
-            elif self.config.max_shift is None:
-                growing += 2 if self.config.preset == "product" else 1
-        return growing * self.config.width * element_size
+                rows += 2 * num_tokens
+            else:
+                reach = num_tokens if config.max_shift is None else min(num_tokens, config.max_shift + 1)
+                rows += (2 if config.preset == "product" else 1) * reach
+        return rows * config.width * self.head.weight.element_size()
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
         if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):
