@@ -276,7 +276,8 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
 
 def _raise_unreadable(error: OSError, path: Path | None = None) -> None:
     raise InputError(
-        f"{path or error.filename} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        f"{path or error.filename} cannot be read: {error.strerror or error}. Check the path and its "
+        f"permissions."
     ) from error
 
 

@@ -193,6 +193,9 @@ class TokenData:
                 raise damaged(
                     folder / META, f"dtype {meta['dtype']} does not fit {meta['vocab_size']} tokens"
                 )
+            _check_number(folder, "bos", meta["bos"], meta["vocab_size"])
+            for name in SPLITS:
+                _check_number(folder, f"bytes of {name}", meta["splits"][name]["bytes"])
             _check_file(folder, meta["tokenizer_file"])
             splits = {name: _open_split(folder, name, meta, dtype) for name in SPLITS}
         except (KeyError, TypeError, AttributeError) as error:
@@ -254,6 +257,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"version {VERSION}. Update StarLM, or run starlm data prepare again, with --overwrite."
         )
     return meta
+
+
+def _check_number(folder: Path, name: str, value: Any, below: int = 1 << 63) -> None:
+    if type(value) is not int or not 0 <= value < below:
+        raise damaged(folder / META, f"{name} is {value!r}")
 
 
 def _check_file(folder: Path, entry: dict[str, Any]) -> Path:

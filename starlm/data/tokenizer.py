@@ -275,7 +275,9 @@ def _bytes_of_tokens(inner: tokenizers.Tokenizer, special: set[int]) -> list[byt
     for number in range(inner.get_vocab_size()):
         token = inner.id_to_token(number)
         if token is None:
-            raise InputError(f"The tokenizer's ids have a gap: there is no token {number}.")
+            raise InputError(
+                f"The tokenizer's ids have a gap: there is no token {number}. Train one with StarLM."
+            )
         try:
             found.append(b"" if number in special else bytes(byte_of[char] for char in token))
         except KeyError:

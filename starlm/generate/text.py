@@ -114,13 +114,13 @@ class TextModel:
 
     def _check_memory(self, num_tokens: int) -> None:
         # The buffers double when they are full, old and new together for a moment: three times the rows.
-        needed = 3 * num_tokens * self.model.state_bytes_per_token()
+        needed = 3 * self.model.state_bytes(num_tokens)
         free = psutil.virtual_memory().available
         if needed > free:
             raise InputError(
                 f"The prompt and the answer ({num_tokens} tokens) need about {needed / 2**20:.0f} MiB of decode "
                 f"state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for fewer "
-                f"tokens, or use a model with max_shift, whose memory is constant."
+                f"tokens, or use a model with a smaller max_shift, whose memory is constant."
             )
 
 

@@ -48,7 +48,7 @@ class StarLM(nn.Module):
         first: Int[Tensor, "B T"] | None = None,
         state: DecodeState | None = None,
         last_only: bool = False,
-    ) -> Float[Tensor, "B T V"]:
+    ) -> Float[Tensor, "B _ V"]:
         """Logits of the token after each of `tokens`, in fp32.
 
         Args:
@@ -111,22 +111,25 @@ class StarLM(nn.Module):
         """An empty decode state of `batch` sequences; see `DecodeState`."""
         return DecodeState(len(self.blocks), batch, rollback=rollback, orders=self.config.orders)
 
-    def state_bytes_per_token(self, element_size: int = 4) -> int:
-        """Bytes by which a decode state grows with each token of one sequence.
+    def state_bytes(self, num_tokens: int) -> int:
+        """Bytes that a decode state of one sequence must hold after `num_tokens` tokens.
 
-        Rows of anchored heads and attention grow always, those of `now` and `box` heads (sums in fp64) unless
-        max_shift bounds them; and the index of n-grams.
+        Rows of anchored heads and attention grow always, those of `now` and `box` heads (sums, in fp64) up to
+        max_shift, if it is set; and the index of n-grams grows.
         """
-        config = self.config
-        sizes = {"now": element_size, "box": 8}
-        if config.max_shift is not None:
-            sizes = {"now": 0, "box": 0}
-        head = sum(sizes.get(kind, element_size) for kind in config.head_kinds) * config.head_dim
-        deformer = head * (2 if config.preset == "product" else 1)
-        attention = 2 * config.width * element_size
-        growing = {"A": attention, "D": deformer}
-        rows = sum(growing.get(kind, 0) for kind in config.layer_kinds)
-        return rows + INDEX_BYTES * len(config.orders)
+        config, size = self.config, self.head.weight.element_size()
+        bounded = num_tokens if config.max_shift is None else min(num_tokens, config.max_shift + 1)
+        of_kind = {"now": size * bounded, "box": 8 * bounded}
+        heads = sum(of_kind.get(kind, size * num_tokens) for kind in config.head_kinds)
+        window = min(num_tokens, config.attention_window)
+        of_layer = {
+            "D": heads * config.head_dim * (2 if config.preset == "product" else 1),
+            "A": 2 * num_tokens * config.width * size,
+            "W": 2 * window * config.width * size,
+            "C": 2 * config.width * size,
+        }
+        rows = sum(of_layer[kind] for kind in config.layer_kinds)
+        return rows + INDEX_BYTES * num_tokens * len(config.orders)
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
         if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):

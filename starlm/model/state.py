@@ -43,8 +43,9 @@ class DecodeState:
         """
         self.rollback = rollback
         self.lengths = [0] * batch
-        # Rows at which documents begin, per slot, the first at 0: crop falls back to the one before.
-        self.documents: list[list[int]] = [[0] for _ in range(batch)]
+        # (row, first) per slot, for each row from which on tokens read another `first` than those before:
+        # crop falls back to the one before. The tokens before any of them read from row 0.
+        self.starts: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
         self.layers = [LayerState(self.lengths, rollback) for _ in range(num_layers)]
         self.orders = tuple(orders)
         self.indices = _indices(self.orders, batch)
@@ -72,19 +73,21 @@ class DecodeState:
         return torch.from_numpy(np.stack(found)).to(tokens.device)
 
     def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
-        """The first row that the next `length` tokens may read, if no new document begins; None for row 0."""
-        starts = [documents[-1] for documents in self.documents]
-        if not any(starts):
+        """The first row that the next `length` tokens may read: that of the last token; None for row 0."""
+        rows = [starts[-1][1] if starts else 0 for starts in self.starts]
+        if not any(rows):
             return None
-        return torch.tensor(starts, device=device)[:, None].expand(-1, length)
+        return torch.tensor(rows, device=device)[:, None].expand(-1, length)
 
     def advance(self, length: int, first: Int[Tensor, "B T"] | None = None) -> None:
         """Count `length` more tokens in every slot; the layers have appended their rows already."""
+        if first is not None:
+            for starts, begin, rows in zip(self.starts, self.lengths, first.tolist(), strict=True):
+                for row, wanted in enumerate(rows, begin):
+                    if wanted != (starts[-1][1] if starts else 0):
+                        starts.append((row, wanted))
         for slot in range(self.batch):
             self.lengths[slot] += length
-        if first is not None:
-            for documents, starts in zip(self.documents, first.tolist(), strict=True):
-                documents += [s for s in sorted(set(starts)) if s > documents[-1]]
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Forget all but the first `lengths` tokens of each slot (one number for all, or one each).
@@ -102,9 +105,9 @@ class DecodeState:
             self.lengths[slot] = keep
             if self.indices:
                 self.indices[slot].crop(keep)
-            documents = self.documents[slot]
-            while len(documents) > 1 and documents[-1] >= max(keep, 1):
-                documents.pop()
+            starts = self.starts[slot]
+            while starts and starts[-1][0] >= keep:
+                starts.pop()
             if not keep:
                 for layer in self.layers:
                     layer.clear(slot)
@@ -114,7 +117,7 @@ class DecodeState:
         chosen = DecodeState(len(self.layers), len(slots), rollback=self.rollback, orders=self.orders)
         chosen.indices = [self.indices[slot].copy() for slot in slots] if self.indices else []
         chosen.lengths[:] = [self.lengths[slot] for slot in slots]
-        chosen.documents = [list(self.documents[slot]) for slot in slots]
+        chosen.starts = [list(self.starts[slot]) for slot in slots]
         chosen.layers = [layer.select(slots, chosen.lengths) for layer in self.layers]
         return chosen
 

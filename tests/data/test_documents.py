@@ -54,9 +54,13 @@ def test_a_file_reached_twice_is_taken_once_and_names_are_unique(tmp_path):
 
 def test_each_format_gives_its_documents(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
-    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"text": "é"}).encode() + b"\n" + b'{"text":"x"}')
+    (tmp_path / "b.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + lines({"text": "é"}).encode() + b"\n" + b'{"text":"x"}'
+    )
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines({"text": "zip"}, {"text": None}).encode()))
-    pq.write_table(pa.table({"n": [1, 2, 3], "text": ["p", None, "q"]}), tmp_path / "d.parquet", row_group_size=2)
+    pq.write_table(
+        pa.table({"n": [1, 2, 3], "text": ["p", None, "q"]}), tmp_path / "d.parquet", row_group_size=2
+    )
     skipped = []
     assert read(tmp_path, skipped=skipped) == [
         ("a.txt", "one\r\ntwo"),
@@ -92,7 +96,11 @@ def test_empty_files_are_passed_over(tmp_path):
         ("a.txt", "hi".encode("utf-16"), ["byte offset 3", "NUL"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not JSON", "mend the line"]),
         ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "not JSON"]),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ["a.jsonl:2", 'no key "text"', "keys body", "text_field"]),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b"}\n',
+            ["a.jsonl:2", 'no key "text"', "keys body", "text_field"],
+        ),
         ("a.jsonl", b"[1]\n", ["a.jsonl:1", "it has list"]),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "holds int, not text"]),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', ["a.jsonl:1", "surrogate", "character 1"]),
@@ -125,7 +133,8 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "part"), [({"body": ["x"]}, 'no column "text"; it has body'), ({"text": [1]}, "holds int, not text")]
+    ("table", "part"),
+    [({"body": ["x"]}, 'no column "text"; it has body'), ({"text": [1]}, "holds int, not text")],
 )
 def test_a_parquet_file_without_text_is_refused(tmp_path, table, part):
     pq.write_table(pa.table(table), tmp_path / "a.parquet")

@@ -18,6 +18,7 @@ TEXTS = [
     "def add(a, b):\n    return a + b\n\n" * 30,
     "The café is 1234 km away; 你好 🙂 don't <|bos|> " * 20,
     "<|user_start|> <|bos|><|bos|>\n" * 200,
+    " ".join(a + b for a in "abcdefghij" for b in "klmnopqrst") * 2,
 ]
 TOKENIZER = Tokenizer.train(TEXTS, 400)
 
@@ -97,7 +98,10 @@ def test_an_unfinished_character_is_replaced():
 
 
 @given(
-    st.lists(st.sampled_from(["\n", " ", "word", "==", "7", "é", "\r", "\n\n", "\u3000", "\x1c", "\x85"]), min_size=8)
+    st.lists(
+        st.sampled_from(["\n", " ", "word", "==", "7", "é", "\r", "\n\n", "\u3000", "\x1c", "\x85"]),
+        min_size=8,
+    )
 )
 def test_a_long_text_is_encoded_in_pieces_as_if_whole(parts):
     text = "".join(parts * 3)
@@ -138,7 +142,7 @@ def test_the_file_works_without_this_class_and_begins_with_bos(tmp_path):
 def test_training_is_deterministic():
     code = (
         "from starlm.data.tokenizer import Tokenizer\nimport pathlib, starlm.errors\n"
-        "text = pathlib.Path(starlm.errors.__file__).read_text() + pathlib.Path(pathlib.__file__).read_text()\n"
+        "text = ''.join(pathlib.Path(m.__file__).read_text() for m in (starlm.errors, pathlib))\n"
         "print(Tokenizer.train([text, text[::-1]], 700).fingerprint)"
     )
     seen = {
@@ -213,7 +217,10 @@ def no_byte(content):
     ("edit", "part"),
     [
         (lambda content: content["added_tokens"].pop(3), "no special token <|assistant_start|>"),
-        (lambda content: content["added_tokens"][2].update(special=False), "'<|user_end|>' is not a special one"),
+        (
+            lambda content: content["added_tokens"][2].update(special=False),
+            "'<|user_end|>' is not a special one",
+        ),
         (lambda content: content["model"]["vocab"].update({"zzz": 1000}), "gap: there is no token 400"),
         (foreign_word, "not a byte-level one"),
         (no_byte, "no token for the byte 0x00"),

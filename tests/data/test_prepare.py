@@ -1,0 +1,334 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from starlm.data import prepare as module
+from starlm.data.documents import position_of
+from starlm.data.prepare import prepare
+from starlm.data.shards import TokenData
+from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def texts_of(data, name):
+    tokenizer = Tokenizer.load(data)
+    split = TokenData.open(data).splits[name]
+    texts = []
+    for number, size in enumerate(split.document_lengths()):
+        ids = np.empty(size, np.int64)
+        split.read(number, 0, int(size), ids)
+        texts.append(tokenizer.decode(ids[1:]))
+    return texts
+
+
+def write(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_the_same_sources_give_the_same_bytes(corpus, tmp_path):
+    options = {"vocab_size": 270, "validation_fraction": 0.3, "shard_tokens": 200}
+    code = (
+        "import sys; from starlm.data.prepare import prepare\n"
+        f"prepare([sys.argv[1]], sys.argv[2], **{options})"
+    )
+    # Another process, hash seed, number of threads and place.
+    shutil.copytree(corpus / "text", tmp_path / "elsewhere")
+    for number, source in enumerate((corpus / "text", tmp_path / "elsewhere")):
+        subprocess.run(
+            [sys.executable, "-c", code, str(source), str(tmp_path / f"again{number}")],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": str(number), "RAYON_NUM_THREADS": str(1 + number)},
+        )
+        assert tree(tmp_path / f"again{number}") == tree(corpus / "data")
+
+
+def test_each_document_is_in_the_split_of_its_name(corpus):
+    for path in (corpus / "text").iterdir():
+        name = "validation" if position_of(path.name) < 0.3 * 2**64 else "train"
+        assert path.read_text() in texts_of(corpus / "data", name)
+    assert sorted(texts_of(corpus / "data", "train") + texts_of(corpus / "data", "validation")) == sorted(
+        path.read_text() for path in (corpus / "text").iterdir()
+    )
+
+
+def test_the_split_of_a_document_stays_when_others_come_and_go(corpus, tmp_path):
+    before = set(texts_of(corpus / "data", "validation"))
+    gone = corpus / "text" / "03.txt"
+    lost = gone.read_text()
+    gone.unlink()
+    write(corpus / "text", new="Something new " * 20, newer="Something newer " * 20)
+    prepare([corpus / "text"], tmp_path / "out", vocab_size=270, validation_fraction=0.3)
+    after = set(texts_of(tmp_path / "out", "validation"))
+    assert before - after <= {lost}
+    assert all("Something new" in text for text in after - before)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_each_split_has_a_document(corpus, tmp_path, fraction):
+    report = prepare([corpus / "text"], tmp_path / "out", vocab_size=270, validation_fraction=fraction)
+    assert min(report.documents.values()) == 1
+    assert sum(report.documents.values()) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "train"),
+    [
+        ("one\ntwo\nthree\nfour\n", 0.3, "one\ntwo\n"),
+        ("one\ntwo\nthree\nfour\n", 0.25, "one\ntwo\nthree\n"),
+        ("one\ntwo\n", 0.9, "o"),
+        ("no line ends here", 0.3, "no line ends"),
+        ("ab", 0.01, "a"),
+        ("a\nb", 0.99, "a"),
+    ],
+)
+def test_a_single_document_is_divided_at_a_line(tmp_path, text, fraction, train):
+    source = write(tmp_path / "text", a=text)
+    report = prepare([source], tmp_path / "out", vocab_size=265, validation_fraction=fraction)
+    assert texts_of(tmp_path / "out", "train") == [train]
+    assert texts_of(tmp_path / "out", "validation") == [text[len(train) :]]
+    assert report.documents == {"train": 1, "validation": 1}
+    assert sum(report.bytes.values()) == len(text)
+
+
+def test_a_source_named_twice_is_read_once(corpus, tmp_path):
+    once = prepare([corpus / "text"], tmp_path / "a", vocab_size=270)
+    links = tmp_path / "links"
+    links.symlink_to(corpus / "text")
+    for number, sources in enumerate(
+        ([corpus / "text"] * 2, [corpus / "text", corpus / "text" / "03.txt"], [corpus / "text", links])
+    ):
+        again = prepare(sources, tmp_path / f"b{number}", vocab_size=270)
+        assert again.documents == once.documents
+        assert again.tokens == once.tokens
+
+
+def test_the_report_counts(corpus, tmp_path):
+    write(corpus / "text", empty="", blank=" \n")
+    stages = []
+    report = prepare(
+        [corpus / "text"], tmp_path / "out", vocab_size=270, progress=lambda *values: stages.append(values)
+    )
+    assert (report.out, report.reused, report.vocab_size) == (tmp_path / "out", False, 270)
+    assert report.skipped == 2
+    texts = {name: texts_of(tmp_path / "out", name) for name in ("train", "validation")}
+    assert report.documents == {name: len(found) for name, found in texts.items()}
+    assert report.bytes == {name: len("".join(found).encode()) for name, found in texts.items()}
+    data = TokenData.open(tmp_path / "out")
+    data.verify()
+    assert report.tokens == {name: split.num_tokens for name, split in data.splits.items()}
+    assert report.tokens_per_byte == sum(report.tokens.values()) / sum(report.bytes.values())
+    assert [values[1:] for values in stages if values[0] == "read"] == [(n, 14) for n in range(1, 15)]
+    assert [stage for stage, *_ in stages][-1] == "encode"
+    assert stages[-1] == ("encode", 12, 12)
+    assert {total for stage, _, total in stages if stage == "tokenizer"} == {None}
+
+
+def test_the_tokenizer_sees_training_documents_only(tmp_path):
+    source = write(tmp_path / "text", **{f"d{n}": f"common {n} " * 9 for n in range(9)})
+    held_out = min(source.iterdir(), key=lambda path: position_of(path.name))
+    held_out.write_text("zqzqzqzq " * 500)
+    prepare([source], tmp_path / "out", vocab_size=300, validation_fraction=1e-9)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert not any(b"zq" in tokenizer.token_bytes(n) for n in range(tokenizer.vocab_size))
+
+
+def test_the_tokenizer_reads_no_more_than_it_needs(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TOKENIZER_BYTES", 100)
+    monkeypatch.setattr(module, "_BATCH", 10)
+    stages = []
+    prepare([corpus / "text"], tmp_path / "out", vocab_size=300, progress=lambda *v: stages.append(v))
+    assert len([values for values in stages if values[0] == "tokenizer"]) < 6
+    TokenData.open(tmp_path / "out").verify()
+
+
+def test_a_given_tokenizer_is_used(corpus, tmp_path):
+    given = Tokenizer.train(["abc def " * 50], 268)
+    given.save(tmp_path / "mine.json")
+    report = prepare([corpus / "text"], tmp_path / "out", tokenizer=tmp_path / "mine.json")
+    assert report.vocab_size == 268
+    assert Tokenizer.load(tmp_path / "out").fingerprint == given.fingerprint
+    TokenData.open(tmp_path / "out").verify()
+    assert prepare([corpus / "text"], tmp_path / "out", tokenizer=tmp_path / "mine.json").reused
+
+
+OPTIONS = {"vocab_size": 270, "validation_fraction": 0.3, "shard_tokens": 200}
+
+
+def test_the_same_preparation_is_not_done_again(corpus):
+    before = tree(corpus / "data")
+    times = {path: path.stat().st_mtime_ns for path in (corpus / "data").iterdir()}
+    report = prepare([corpus / "text"], corpus / "data", **OPTIONS)
+    assert report.reused
+    assert sum(report.documents.values()) == 12
+    assert {path: path.stat().st_mtime_ns for path in (corpus / "data").iterdir()} == times
+    assert prepare([corpus / "text"], corpus / "data", overwrite=True, **OPTIONS).reused is False
+    assert tree(corpus / "data") == before
+
+
+def changed(corpus):
+    write(corpus / "text", **{"05": "changed"})
+
+
+def touched(corpus):
+    os.utime(corpus / "text" / "05.txt", ns=(1, 1))
+
+
+def added(corpus):
+    write(corpus / "text", more="more text")
+
+
+def removed(corpus):
+    (corpus / "text" / "05.txt").unlink()
+
+
+def renamed(corpus):
+    (corpus / "text" / "05.txt").rename(corpus / "text" / "55.txt")
+
+
+@pytest.mark.parametrize("change", [changed, touched, added, removed, renamed])
+def test_changed_sources_are_noticed(corpus, change):
+    change(corpus)
+    before = tree(corpus / "data")
+    with pytest.raises(InputError, match=r"data holds another preparation.*--overwrite"):
+        prepare([corpus / "text"], corpus / "data", **OPTIONS)
+    assert tree(corpus / "data") == before
+    report = prepare([corpus / "text"], corpus / "data", overwrite=True, **OPTIONS)
+    assert not report.reused
+    assert tree(corpus / "data") != before
+    TokenData.open(corpus / "data").verify()
+    assert prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"vocab_size": 268}, {"validation_fraction": 0.2}, {"shard_tokens": 100}, {"text_field": "body"}],
+)
+def test_other_options_are_noticed(corpus, option):
+    with pytest.raises(InputError, match="another preparation"):
+        prepare([corpus / "text"], corpus / "data", **{**OPTIONS, **option})
+
+
+def test_damaged_data_is_prepared_again(corpus):
+    before = tree(corpus / "data")
+    (corpus / "data" / "train-00000.tokens.npy").write_bytes(b"")
+    assert not prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
+    assert tree(corpus / "data") == before
+    for content in ("{", "[]", json.dumps({"sources": 3})):
+        (corpus / "data" / "meta.json").write_text(content)
+        with pytest.raises(InputError, match="another preparation"):
+            prepare([corpus / "text"], corpus / "data", **OPTIONS)
+    assert not prepare([corpus / "text"], corpus / "data", overwrite=True, **OPTIONS).reused
+    assert tree(corpus / "data") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_folders_are_never_replaced(corpus, overwrite):
+    for name, text in (("thesis.txt", "years"), (".git", "x"), ("train-00000.tokens.npy.bak", "x")):
+        (corpus / "data" / name).write_text(text)
+        with pytest.raises(InputError, match=r"something else than prepared data.*Choose another --out"):
+            prepare([corpus / "text"], corpus / "data", overwrite=overwrite, **OPTIONS)
+        assert (corpus / "data" / name).read_text() == text
+        (corpus / "data" / name).unlink()
+    before = tree(corpus / "text")
+    with pytest.raises(InputError, match="something else"):
+        prepare([corpus / "text"], corpus / "text", overwrite=overwrite)
+    assert tree(corpus / "text") == before
+    with pytest.raises(InputError, match=r"03\.txt is a file. Choose another --out"):
+        prepare([corpus / "text"], corpus / "text" / "03.txt", overwrite=overwrite)
+
+
+def test_an_empty_folder_and_a_link_may_be_filled(corpus, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    prepare([corpus / "text"], tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out").is_symlink()
+    assert tree(tmp_path / "disk" / "real") == tree(corpus / "data")
+
+
+def test_a_killed_replacement_is_settled_first(corpus):
+    before = tree(corpus / "data")
+    (corpus / "data").rename(corpus / f".data.old-{2**22 + 1}")
+    (corpus / f".data.partial-{2**22 + 1}").mkdir()
+    assert prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
+    assert tree(corpus / "data") == before
+    assert sorted(path.name for path in corpus.iterdir()) == ["data", "text"]
+
+
+def test_sources_that_change_meanwhile_are_refused(corpus, tmp_path):
+    def change(stage, done, total):
+        if stage == "encode":
+            write(corpus / "text", **{"05": "changed while it was read"})
+
+    with pytest.raises(InputError, match=r"changed while it was read\. Run the same command again"):
+        prepare([corpus / "text"], tmp_path / "out", vocab_size=270, progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_fraction": 0}, "between 0 and 1; got 0"),
+        ({"validation_fraction": 1}, "between 0 and 1; got 1"),
+        ({"validation_fraction": float("nan")}, "between 0 and 1; got nan"),
+        ({"vocab_size": 264}, "vocab_size must be at least 265"),
+        ({"shard_tokens": 0}, "shard_tokens must be 1 or more"),
+        ({"tokenizer": "nowhere.json"}, "no readable tokenizer at nowhere.json"),
+    ],
+)
+def test_impossible_options_leave_nothing(corpus, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        prepare([corpus / "text"], tmp_path / "out", **{"vocab_size": 270} | options)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"no text in .*a\.txt: every document is empty.*other sources"),
+        ("x", r"a\.txt is the only document"),
+    ],
+)
+def test_sources_without_enough_text_are_refused(tmp_path, text, message):
+    source = write(tmp_path / "text", a=text)
+    with pytest.raises(InputError, match=message):
+        prepare([source], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+@pytest.mark.parametrize("source", ["https://example.com/x.txt", "hf:someone/something"])
+def test_the_network_is_not_read(tmp_path, source):
+    with pytest.raises(InputError, match=r"network is not supported yet.*Download the file first"):
+        prepare([source], tmp_path / "out")
+
+
+@pytest.mark.parametrize("files", [0, 1, 5])
+@pytest.mark.parametrize("out", ["data", "other/new"])
+def test_a_full_disk_leaves_nothing(corpus, monkeypatch, files, out):
+    before, calls = tree(corpus), iter(range(100))
+
+    def full(path):
+        if next(calls) >= files:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return ""
+
+    monkeypatch.setattr("starlm.data.shards.sha256", full)
+    with pytest.raises(InputError, match=r"The disk is full: .*Free some space"):
+        prepare([corpus / "text"], corpus / out, overwrite=True, **OPTIONS)
+    assert tree(corpus) == before

@@ -1,0 +1,35 @@
+"""Small models of every kind with random weights, and their inputs."""
+
+import torch
+from relations import randomise
+
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+
+# Name -> what differs from the default config. Every preset, attention, and mixed patterns.
+KINDS = {
+    "product": {"preset": "product"},
+    "value": {"preset": "value"},
+    "gated": {"preset": "gated"},
+    "attention": {"layers": "A"},
+    "mixed": {"layers": "DA"},
+    "mixed product": {"layers": "AD", "preset": "product"},
+}
+BOUNDED = {
+    "product, bounded": {"preset": "product", "max_shift": 5},
+    "value, bounded": {"preset": "value", "max_shift": 0},
+    "gated, bounded": {"preset": "gated", "max_shift": 9, "shift_init": 3.0},
+    "mixed, bounded": {"layers": "DA", "max_shift": 5},
+}
+VOCAB = 50
+
+
+def make_model(kind, *, dtype=torch.float64, **options):
+    """The model of a kind, two layers of width 16 if not told otherwise; fp64 makes relations sharp."""
+    chosen = {"depth": 2, "dim": 16, "heads": 2, "vocab_size": VOCAB, **(KINDS | BOUNDED)[kind], **options}
+    torch.manual_seed(1)
+    return randomise(StarLM(StarLMConfig(**chosen))).to(dtype)
+
+
+def make_tokens(*shape):
+    return torch.randint(VOCAB, shape)

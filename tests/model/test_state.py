@@ -1,0 +1,223 @@
+"""The decode state equals the full forward: in chunks, after crops, in slots, packed and padded."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from models import BOUNDED, KINDS, VOCAB, make_model, make_tokens
+from relations import assert_close
+
+from starlm.errors import InputError
+
+ALL = [*KINDS, *BOUNDED]
+MODELS = {kind: make_model(kind) for kind in ALL}
+
+
+def in_chunks(model, tokens, sizes, state, first=None):
+    """Logits of `tokens`, appended in pieces of the given sizes."""
+    pieces, begin = [], 0
+    for size in sizes:
+        rows = None if first is None else first[:, begin : begin + size]
+        pieces.append(model(tokens[:, begin : begin + size], state=state, first=rows))
+        begin += size
+    assert begin == tokens.shape[1]
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@given(
+    kind=st.sampled_from(ALL),
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=8),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_chunks_equal_the_full_forward(kind, sizes, seed):
+    torch.manual_seed(seed)
+    model, tokens = MODELS[kind], make_tokens(2, sum(sizes))
+    state = model.new_state(2, rollback=0)
+    assert_close(in_chunks(model, tokens, sizes, state), model(tokens))
+    assert state.lengths == [sum(sizes)] * 2
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_token_by_token_equals_the_full_forward(kind):
+    model, tokens = MODELS[kind], make_tokens(1, 150)
+    assert_close(in_chunks(model, tokens, [1] * 150, model.new_state()), model(tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(kind, dtype):
+    """Within the dtype's rounding; fp64 above is what finds a wrong row."""
+    model, tokens = make_model(kind, dtype=dtype), make_tokens(1, 40)
+    got, wanted = in_chunks(model, tokens, [13, 1, 26], model.new_state()), model(tokens)
+    assert got.dtype == torch.float32
+    assert_close(got, wanted, 1e-5 if dtype == torch.float32 else 0.05)
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 70)),
+    st.tuples(st.just("crop"), st.lists(st.integers(0, 8), min_size=4, max_size=4)),
+    st.tuples(st.just("reorder"), st.lists(st.integers(0, 10**6), min_size=1, max_size=4)),
+    st.tuples(st.just("clear"), st.integers(0, 10**6)),
+)
+
+
+@given(
+    kind=st.sampled_from(ALL), actions=st.lists(ACTIONS, min_size=1, max_size=10), seed=st.integers(0, 2**31)
+)
+@settings(max_examples=120, deadline=None)
+def test_any_history(kind, actions, seed):
+    """Slots cropped one by one, copied, emptied and refilled equal their tokens in one forward."""
+    torch.manual_seed(seed)
+    model = MODELS[kind]
+    state, texts = model.new_state(2, rollback=8), [torch.empty(0, dtype=torch.long)] * 2
+    given_back = [0, 0]
+    for action, detail in [*actions, ("append", 3)]:
+        if action == "append":
+            tokens = make_tokens(len(texts), detail)
+            logits = model(tokens, state=state)
+            texts = [torch.cat([text, new]) for text, new in zip(texts, tokens, strict=True)]
+            given_back = [max(0, back - detail) for back in given_back]
+            for slot, text in enumerate(texts):
+                assert_close(logits[slot], model(text[None])[0, -detail:])
+        elif action == "crop":
+            # Together no more than `rollback` behind the longest that the slot has been.
+            counts = [min(n, 8 - back, len(t)) for n, back, t in zip(detail, given_back, texts, strict=False)]
+            state.crop([len(text) - n for text, n in zip(texts, counts, strict=True)])
+            texts = [text[: len(text) - n] for text, n in zip(texts, counts, strict=True)]
+            given_back = [back + n for back, n in zip(given_back, counts, strict=True)]
+        elif action == "reorder":
+            slots = [number % len(texts) for number in detail]
+            state, texts = state.reorder(slots), [texts[slot] for slot in slots]
+            given_back = [given_back[slot] for slot in slots]
+        else:
+            slot = detail % len(texts)
+            state.crop([0 if i == slot else len(text) for i, text in enumerate(texts)])
+            texts[slot], given_back[slot] = texts[slot][:0], 0
+        assert state.lengths == [len(text) for text in texts]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_fork_is_independent(kind):
+    model, prompt = MODELS[kind], make_tokens(2, 30)
+    one, two = make_tokens(2, 100), make_tokens(4, 100)
+    state = model.new_state(2)
+    model(prompt, state=state)
+    fork = state.fork(2)
+    got = in_chunks(model, two, [1] * 100, fork)
+    wanted = model(torch.cat([prompt.repeat_interleave(2, 0), two], 1))[:, 30:]
+    assert_close(got, wanted)
+    fork.crop(0)
+    wanted = model(torch.cat([prompt, one], 1))[:, 30:]
+    assert_close(model(one, state=state), wanted)
+
+
+@pytest.mark.parametrize("kind", ["product, bounded", "value, bounded", "gated, bounded"])
+def test_bounded_memory_is_constant(kind):
+    model, sizes = make_model(kind, depth=1), {}
+    state, length = model.new_state(), 0
+    for count in [1] * 150 + [17] * 300:
+        model(make_tokens(1, count), state=state)
+        length += count
+        sizes[length] = state.num_bytes
+    assert length > 5000
+    assert set(sizes.values()) == {sizes[100]}
+    # The same holds after a prompt that was longer than the memory.
+    model(make_tokens(1, 3000), state=state)
+    for _ in range(20):
+        model(make_tokens(1, 17), state=state)
+    assert state.num_bytes == sizes[100]
+
+
+def test_unbounded_memory_grows():
+    for kind in KINDS:
+        model, state = MODELS[kind], MODELS[kind].new_state()
+        model(make_tokens(1, 100), state=state)
+        before = state.num_bytes
+        model(make_tokens(1, 900), state=state)
+        assert state.num_bytes >= before * 5
+        assert state.num_bytes >= model.state_bytes(1000)
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_crop_beyond_rollback(kind):
+    model, state = MODELS[kind], MODELS[kind].new_state(rollback=3)
+    tokens = make_tokens(1, 3000)
+    in_chunks(model, tokens, [2000, *[20] * 50], state)
+    with pytest.raises(
+        InputError, match=r"Fork the state before generating, or ask for more rollback.*3 tok"
+    ):
+        state.crop(10)
+    assert state.lengths == [3000], "a refused crop changes nothing"
+    state.crop(2997)
+    assert_close(model(tokens[:, 2997:], state=state), model(tokens)[:, 2997:])
+    state.crop(0)
+    assert_close(model(tokens[:, :100], state=state), model(tokens[:, :100]))
+
+
+def test_impossible_crops_and_states():
+    model = MODELS["gated"]
+    state = model.new_state(2)
+    model(make_tokens(2, 5), state=state)
+    for wanted in (6, -1, [5, 6]):
+        with pytest.raises(InputError, match=r"Cannot crop slot [01] to (6|-1) tokens: it has 5"):
+            state.crop(wanted)
+    with pytest.raises(InputError, match=r"has 2 slots and 2 layers; the tokens have batch 3.*new_state"):
+        model(make_tokens(3, 1), state=state)
+    with pytest.raises(InputError, match="the model 1 layers"):
+        make_model("gated", depth=1)(make_tokens(2, 1), state=state)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_packed_documents_in_a_state(kind):
+    """Documents that begin within a chunk, and go on in later calls without `first`."""
+    model = MODELS[kind]
+    texts = [make_tokens(1, n) for n in (17, 80, 5, 60)]
+    starts = torch.tensor([0] * 17 + [17] * 80 + [97] * 5 + [102] * 60)[None]
+    wanted = torch.cat([model(text) for text in texts], dim=1)
+    tokens = torch.cat(texts, dim=1)
+    for sizes in ([30, 1, 66, 65], [110, 52], [1] * 162):
+        assert_close(in_chunks(model, tokens, sizes, model.new_state(), starts), wanted)
+    state = model.new_state()
+    model(tokens[:, :110], state=state, first=starts[:, :110])
+    assert_close(in_chunks(model, tokens[:, 110:], [1, 50, 1], state), wanted[:, 110:])
+    # Cropped into an earlier document, that one goes on.
+    state = model.new_state()
+    model(tokens[:, :105], state=state, first=starts[:, :105])
+    state.crop(99)
+    more = make_tokens(1, 9)
+    wanted = model(torch.cat([tokens[:, 97:99], more], 1))[:, 2:]
+    assert_close(model(more, state=state), wanted)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("keep", [2, 7, 20])
+def test_left_padded_slots(kind, keep):
+    """Padding of other lengths per slot changes nothing, nor does a crop, even one into the padding."""
+    model, pads = MODELS[kind], (0, 3, 7)
+    tokens, more = make_tokens(3, 20), make_tokens(3, 90)
+    first = torch.tensor(pads)[:, None].expand(3, 20)
+    state = model.new_state(3)
+    logits = in_chunks(model, tokens, [2, 18], state, first)
+    for slot, pad in enumerate(pads):
+        assert_close(logits[slot, pad:], model(tokens[slot : slot + 1, pad:])[0])
+    state.crop(keep)
+    logits = in_chunks(model, more, [1, 5, 84], state)
+    for slot, pad in enumerate(pads):
+        if keep >= pad:
+            text = torch.cat([tokens[slot, pad:keep], more[slot]])
+            assert_close(logits[slot], model(text[None])[0, -90:])
+
+
+def test_last_only():
+    for kind in KINDS:
+        model, tokens = MODELS[kind], make_tokens(2, 9)
+        assert_close(model(tokens, last_only=True), model(tokens)[:, -1:])
+        assert_close(model(tokens, state=model.new_state(2), last_only=True), model(tokens)[:, -1:])
+    assert MODELS["gated"](tokens, last_only=True).shape == (2, 1, VOCAB)
