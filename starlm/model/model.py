@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
-from starlm.model.state import INDEX_BYTES, DecodeState
+from starlm.model.state import DecodeState
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.conv import ShortConv
@@ -129,7 +129,9 @@ class StarLM(nn.Module):
             "C": 2 * config.width * size,
         }
         rows = sum(of_layer[kind] for kind in config.layer_kinds)
-        return rows + INDEX_BYTES * num_tokens * len(config.orders)
+        # Of the index a token, and for each n a link and two places in a table.
+        index = 4 + 12 * len(config.orders) if config.orders else 0
+        return rows + index * num_tokens
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
         if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):

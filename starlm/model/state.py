@@ -10,9 +10,6 @@ from torch import Tensor
 from starlm.errors import InputError
 from starlm.nn.state import LayerState
 
-# Of the index of n-grams, per token and n: two positions per bucket, one in the chain, and half a token.
-INDEX_BYTES = 14
-
 
 class DecodeState:
     """State of `batch` independent sequences (slots) in a model of `num_layers` layers.

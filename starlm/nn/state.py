@@ -35,9 +35,9 @@ class LayerState:
         """The row at `lengths[b]` of a stream that is kept one row ahead: [B, 1, H, C]; zeros in empty slots.
 
         Args:
-            like: rows [B, T, H, C] on the right device.
+            like: rows [B, T, H, C] of the same size, on the right device.
         """
-        row = torch.zeros_like(like[:, :1], dtype=dtype)
+        row = like.new_zeros(like.shape[0], 1, *like.shape[2:], dtype=dtype)
         if stream in self.streams:
             for slot, length in enumerate(self.lengths):
                 if length:

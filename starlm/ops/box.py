@@ -18,7 +18,8 @@ def prefix_sums(
     Args:
         start: the sum of what came before; default 0.
     """
-    start = torch.zeros_like(values[:, :1], dtype=torch.float64) if start is None else start
+    if start is None:
+        start = values.new_zeros(values.shape[0], 1, *values.shape[2:], dtype=torch.float64)
     return torch.cat([start, values.double()], dim=1).cumsum(1)
 
 

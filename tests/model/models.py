@@ -6,7 +6,10 @@ from relations import randomise
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 
-# Name -> what differs from the default config. Every preset, attention, and mixed patterns.
+# Few tokens, so that n-grams come again and anchored heads have something to read.
+VOCAB = 8
+STAR = {"preset": "star", "dim": 32, "heads": 8}
+# Name -> what differs from the default config. Every preset, kind of head and layer, and mixed patterns.
 KINDS = {
     "product": {"preset": "product"},
     "value": {"preset": "value"},
@@ -14,14 +17,19 @@ KINDS = {
     "attention": {"layers": "A"},
     "mixed": {"layers": "DA"},
     "mixed product": {"layers": "AD", "preset": "product"},
+    "star": STAR,
+    "star product": {"preset": "product", "kinds": ("box", "4-gram", "now", "token"), "dim": 32, "heads": 4},
+    "window": {"layers": "W", "attention_window": 4},
+    "convolution": {"layers": "C"},
+    "star mixed": {**STAR, "layers": "DWC", "depth": 3, "attention_window": 7},
 }
 BOUNDED = {
     "product, bounded": {"preset": "product", "max_shift": 5},
     "value, bounded": {"preset": "value", "max_shift": 0},
     "gated, bounded": {"preset": "gated", "max_shift": 9, "shift_init": 3.0},
     "mixed, bounded": {"layers": "DA", "max_shift": 5},
+    "star, bounded": {**STAR, "max_shift": 6},
 }
-VOCAB = 50
 
 
 def make_model(kind, *, dtype=torch.float64, **options):
