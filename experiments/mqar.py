@@ -1,0 +1,146 @@
+"""Multi-query associative recall, exactly as in Zoology (arXiv 2312.04927, figure 2).
+
+    python -m experiments.mqar star --size 64 4 --width 64 --rates 0.0022 0.01
+
+Vocabulary 8192, 100,000 training and 3,000 test examples, 2 layers without MLP, AdamW with weight decay 0.1,
+no warm-up, cosine to 0, at most 64 epochs, stop above 99 %.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.variants import VARIANTS
+from starlm.files import write_whole
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+
+RESULTS = Path(__file__).parent / "results" / "mqar"
+VOCAB, TRAIN_ROWS, TEST_ROWS, POWER = 8192, 100_000, 3_000, 0.99
+BATCH = {256: 256, 512: 128, 1024: 64}
+
+
+def examples(count: int, length: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels (-1: none), int64 [count, length].
+
+    k1 v1 k2 v2 ... then each key once more: key j stands at 2 * pairs + 2 * slot, its label, the value, at its
+    own position; slots are drawn without replacement with p(i) proportional to i^-0.99; filler is 0.
+    """
+    rng = np.random.default_rng(seed)
+    slots = (length - 2 * pairs) // 2
+    # Gumbel's trick draws without replacement by weight: the largest `pairs` of log p + noise, in order.
+    log_p = -POWER * np.log(np.arange(1, slots + 1))
+    inputs = np.zeros((count, length), np.int64)
+    labels = np.full((count, length), -1, np.int64)
+    for begin in range(0, count, 2000):
+        rows = slice(begin, min(begin + 2000, count))
+        n = rows.stop - rows.start
+        keys = np.argsort(rng.random((n, VOCAB // 2 - 1)), axis=1)[:, :pairs] + 1
+        values = np.argsort(rng.random((n, VOCAB // 2)), axis=1)[:, :pairs] + VOCAB // 2
+        inputs[rows, 0 : 2 * pairs : 2] = keys
+        inputs[rows, 1 : 2 * pairs : 2] = values
+        noise = log_p + rng.gumbel(size=(n, slots))
+        chosen = np.argsort(-noise, axis=1)[:, :pairs]
+        at = 2 * pairs + 2 * chosen
+        np.put_along_axis(inputs[rows], at, keys, axis=1)
+        np.put_along_axis(labels[rows], at, values, axis=1)
+    return inputs, labels
+
+
+def answers(model: StarLM, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at the labelled positions only, and the labels there: the head would be most of the work."""
+    asked = labels >= 0
+    return model.logits(model.hidden(inputs)[asked][None])[0], labels[asked]
+
+
+@torch.inference_mode()
+def accuracy(model: StarLM, inputs: Tensor, labels: Tensor) -> float:
+    """Share of queries answered with the right value."""
+    right = total = 0
+    for begin in range(0, len(inputs), 250):
+        logits, wanted = answers(model, inputs[begin : begin + 250], labels[begin : begin + 250])
+        right += int((logits.argmax(-1) == wanted).sum())
+        total += len(wanted)
+    return right / total
+
+
+def run(args: argparse.Namespace, rate: float) -> None:
+    """One model, one learning rate; skipped if its result is there."""
+    length, pairs = args.size
+    path = RESULTS / f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}-seed{args.seed}.json"
+    if path.is_file():
+        return
+    inputs, labels = map(torch.from_numpy, examples(TRAIN_ROWS, length, pairs, seed=args.seed + 1))
+    test = tuple(map(torch.from_numpy, examples(TEST_ROWS, length, pairs, seed=args.seed + 10_000)))
+    torch.manual_seed(args.seed)
+    options = {**VARIANTS[args.variant], "mlp_ratio": 0, "depth": 2, "dim": args.width, "softcap": 0.0}
+    model = StarLM(StarLMConfig(vocab_size=VOCAB, context=length, **options))
+    # The recipe's optimizer; weights start as its models do, since zero heads are part of another recipe.
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    batch = args.batch or BATCH.get(length, 512)
+    per_epoch = -(-TRAIN_ROWS // batch)
+    horizon = args.epochs * per_epoch
+    order, step, curve, began = np.random.default_rng(args.seed), 0, [], time.perf_counter()
+    while step < horizon and (not curve or curve[-1][1] < 0.99):
+        rows = torch.from_numpy(order.permutation(TRAIN_ROWS))
+        for piece in rows.split(batch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / horizon))
+            loss = nn.functional.cross_entropy(*answers(model, inputs[piece], labels[piece]))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            # Once an epoch, and more often in the first one: what is learned at once should show.
+            if step % per_epoch == 0 or (step < per_epoch and step % 50 == 0):
+                curve.append((step, round(accuracy(model, *test), 4)))
+                print(f"{path.stem}: step {step} loss {loss.item():.3f} accuracy {curve[-1][1]:.4f}", flush=True)
+                if curve[-1][1] >= 0.99:
+                    break
+    result = {
+        "variant": args.variant,
+        "length": length,
+        "pairs": pairs,
+        "width": args.width,
+        "rate": rate,
+        "seed": args.seed,
+        "batch": batch,
+        "updates": step,
+        "epochs_allowed": args.epochs,
+        "accuracy": curve[-1][1],
+        "chance": 1 / pairs,
+        "seconds": round(time.perf_counter() - began, 1),
+        "curve": curve,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    """Every learning rate that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=list(VARIANTS))
+    parser.add_argument("--size", type=int, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4.6e-4, 2.2e-3, 1e-2])
+    parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=0, help="examples per update; 0 as published")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for rate in args.rates:
+        run(args, rate)
+
+
+if __name__ == "__main__":
+    main()
