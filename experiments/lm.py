@@ -93,7 +93,9 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
 
 def main() -> None:
     """Run every combination that was asked for, in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=256)

@@ -1,5 +1,7 @@
 """Where a model's loss lies: by position in the context, and on recall tokens against the rest."""
 
+from itertools import pairwise
+
 import torch
 
 from starlm.data.loader import sequential_rows
@@ -27,7 +29,7 @@ def by_position_and_recall(model: StarLM, split: Split, max_tokens: int) -> dict
         inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
         loss = model.loss(inputs, targets, first=first, reduction="none").double()
         real = targets >= 0
-        for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for number, (begin, end) in enumerate(pairwise(bounds)):
             part = real[:, begin:end]
             sums[number] += torch.stack([loss[:, begin:end][part].sum(), part.sum()])
         # The bigram (input, target) ends at the target's row; it is a recall token if it has an anchor there.

@@ -29,8 +29,8 @@ BATCH = {256: 256, 512: 128, 1024: 64}
 def examples(count: int, length: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels (-1: none), int64 [count, length].
 
-    k1 v1 k2 v2 ... then each key once more: key j stands at 2 * pairs + 2 * slot, its label, the value, at its
-    own position; slots are drawn without replacement with p(i) proportional to i^-0.99; filler is 0.
+    k1 v1 k2 v2 ... then each key once more: key j stands at 2 * pairs + 2 * slot, its label, the value, at
+    its own position; slots are drawn without replacement with p(i) proportional to i^-0.99; filler is 0.
     """
     rng = np.random.default_rng(seed)
     slots = (length - 2 * pairs) // 2
@@ -103,7 +103,9 @@ def run(args: argparse.Namespace, rate: float) -> None:
             # Once an epoch, and more often in the first one: what is learned at once should show.
             if step % per_epoch == 0 or (step < per_epoch and step % 50 == 0):
                 curve.append((step, round(accuracy(model, *test), 4)))
-                print(f"{path.stem}: step {step} loss {loss.item():.3f} accuracy {curve[-1][1]:.4f}", flush=True)
+                print(
+                    f"{path.stem}: step {step} loss {loss.item():.3f} accuracy {curve[-1][1]:.4f}", flush=True
+                )
                 if curve[-1][1] >= 0.99:
                     break
     result = {
@@ -127,7 +129,9 @@ def run(args: argparse.Namespace, rate: float) -> None:
 
 def main() -> None:
     """Every learning rate that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variant", choices=list(VARIANTS))
     parser.add_argument("--size", type=int, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
     parser.add_argument("--width", type=int, default=64)
