@@ -61,8 +61,8 @@ class StarLMConfig:
             "positive (tokens), or left out",
             "shift_init",
         )
-        require(self.softcap >= 0, "0 (off) or positive", "softcap")
-        require(self.rope_base > 1, "above 1", "rope_base")
+        require(0 <= self.softcap < float("inf"), "0 (off), or positive and finite", "softcap")
+        require(1 < self.rope_base < float("inf"), "above 1 and finite", "rope_base")
         if self.width % self.num_heads:
             raise InputError(
                 f"model.heads must divide the width; got {self.num_heads} heads for width "

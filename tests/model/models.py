@@ -22,6 +22,9 @@ BOUNDED = {
     "mixed, bounded": {"layers": "DA", "max_shift": 5},
 }
 VOCAB = 50
+# Past 4096 tokens, cut where blocks of kernels begin, at both ends, and where bf16 cannot count on.
+LONG = 4097
+CUTS = (0, 255, 2047, 4095)
 
 
 def make_model(kind, *, dtype=torch.float64, **options):
@@ -33,3 +36,15 @@ def make_model(kind, *, dtype=torch.float64, **options):
 
 def make_tokens(*shape):
     return torch.randint(VOCAB, shape)
+
+
+def in_precision(model, precision):
+    """A call of the model in float32, bfloat16, or autocast to bfloat16."""
+    if precision == "bfloat16":
+        model.bfloat16()
+
+    def run(tokens):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return model(tokens)
+
+    return run
