@@ -22,7 +22,7 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least this share of the likeliest one's probability; 0 is off (arXiv 2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already there, multiplies negative ones; 1 is off (arXiv 1909.05858)."""
+    """Divides positive logits of tokens that occurred, multiplies negative; 1 is off (arXiv 1909.05858)."""
     seed: int | None = None
     """Same seed, same text; None draws a new one each time."""
 

@@ -122,8 +122,8 @@ class TextModel:
         if needed > free:
             raise InputError(
                 f"The prompt and the answer ({num_tokens} tokens) need about {needed / 2**20:.0f} MiB of "
-                f"decode state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for fewer "
-                f"tokens, or use a model with a smaller max_shift, whose memory is constant."
+                f"decode state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for "
+                f"fewer tokens, or use a model with a smaller max_shift, whose memory is constant."
             )
 
 
