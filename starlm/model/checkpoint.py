@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.exists():
         raise InputError(f"There is no model at {path}. Give a run folder or a checkpoint folder.")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / MANIFEST).is_file():
         return path
     found = steps(path)
     if not found:
