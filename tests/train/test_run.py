@@ -138,21 +138,24 @@ def test_a_run_killed_while_it_began_can_begin_again(parts, left):
     assert set(names(run.folder)) >= {"metrics.jsonl", "run.toml", "tokenizer.json"}
 
 
-def test_the_settings_are_the_first_file_of_a_run(parts, monkeypatch):
-    """Whoever is killed behind any file of the beginning leaves something that can begin again."""
-    from starlm.train import run as module
+@pytest.mark.parametrize("at", ["write_whole", "Tokenizer.save"])
+def test_a_run_killed_before_a_file_of_its_beginning_can_begin_again(parts, monkeypatch, at):
+    def crash(*args):
+        raise KeyboardInterrupt
 
-    class Killed(BaseException):
-        pass
-
-    def killed(self, path):
-        raise Killed
-
-    monkeypatch.setattr(module.Tokenizer, "save", killed)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(f"starlm.train.run.{at}", crash)
+    with pytest.raises(KeyboardInterrupt):
         begun(parts)
     monkeypatch.undo()
     begun(parts)
+
+
+def test_a_full_disk_is_named_when_a_record_does_not_fit(parts):
+    run = begun(parts)
+    (run.folder / "metrics.jsonl").unlink()
+    (run.folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"The disk is full: .*metrics\.jsonl"):
+        run.record({"kind": "step", "step": 1})
 
 
 OTHER = {
