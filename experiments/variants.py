@@ -11,13 +11,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchors": {"preset": "gated", "kinds": ("now", "token", "now", "bigram")},
     "boxes": {"preset": "gated", "kinds": ("now", "token", "box", "bigram")},
     "star": {"preset": "star"},
-    "star-stagger4": {"preset": "star", "stagger": 4.0},
-    "star-stagger16": {"preset": "star", "stagger": 16.0},
-    "star-age": {"preset": "star", "age": True},
-    "star-suffix": {
-        "preset": "star",
-        "kinds": ("now", "token", "box", "suffix", "now", "bigram", "box", "trigram"),
-    },
     "conv": {"layers": "C"},
     "star-conv": {"preset": "star", "layers": "CDD"},
     "star-W": {"preset": "star", "layers": "DDW", "attention_window": 64},

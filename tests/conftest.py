@@ -1,5 +1,7 @@
 """For all tests: shapes checked, seeded, fresh memory full of NaN, so that what is left unwritten shows."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,8 @@ _checks_shapes = pytest.StashKey[bool]()
 
 def pytest_configure(config):
     """Check the shape annotations of these modules at run time, but for `pytest -m compile`."""
-    words = config.option.markexpr.replace("not compile", "").split()
-    config.stash[_checks_shapes] = "compile" not in words
+    wanted = re.findall(r"(?:not )?\bcompile\b", config.option.markexpr)
+    config.stash[_checks_shapes] = "compile" not in wanted
     if config.stash[_checks_shapes]:
         install_import_hook(SHAPE_CHECKED, "beartype.beartype")
 

@@ -1,7 +1,9 @@
 """What `import starlm` gives, and what it costs."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ def test_all_is_sorted_and_complete():
         "StarLMConfig",
         "StarLMError",
         "__version__",
+        "anchors",
         "deform",
         "load",
     }
@@ -53,3 +56,11 @@ def test_import_is_light():
 def test_star_import_gives_all_names():
     code = "from starlm import *; import starlm; assert set(starlm.__all__) <= set(globals())"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_changelog_begins_with_this_version():
+    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = [
+        name for name in re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE) if name != "Unreleased"
+    ]
+    assert versions[0] == starlm.__version__

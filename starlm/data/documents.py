@@ -20,8 +20,10 @@ SplitName = Literal["train", "validation"]
 # Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
 # model to recite code pages; lib2to3 comes and goes between Python versions.
 _NOT_EMBEDDED = frozenset(
-    ("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__")
-    + ("encodings", "pydoc_data")
+    {
+        *("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"),
+        *("encodings", "pydoc_data"),
+    }
 )
 
 

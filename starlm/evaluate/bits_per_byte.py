@@ -45,21 +45,23 @@ def evaluate(
     bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
     training = model.training
     model.eval()
-    for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=rows):
-        inputs, targets, first = (
-            torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.first)
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss = model.loss(inputs, targets, first=first, reduction="none").double()
-        real = targets >= 0
-        lengths = torch.where(real, sizes[targets.clamp(min=0)], 0)
-        nats += loss[real].sum().item()
-        text_nats += loss[lengths > 0].sum().item()
-        tokens += int(real.sum())
-        size += int(lengths.sum())
-        if progress:
-            progress(tokens, total)
-    model.train(training)
+    try:
+        for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=rows):
+            inputs, targets, first = (
+                torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.first)
+            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = model.loss(inputs, targets, first=first, reduction="none").double()
+            real = targets >= 0
+            lengths = torch.where(real, sizes[targets.clamp(min=0)], 0)
+            nats += loss[real].sum().item()
+            text_nats += loss[lengths > 0].sum().item()
+            tokens += int(real.sum())
+            size += int(lengths.sum())
+            if progress:
+                progress(tokens, total)
+    finally:
+        model.train(training)
     return {
         "loss": nats / max(tokens, 1),
         "bits_per_byte": text_nats / (math.log(2) * max(size, 1)),

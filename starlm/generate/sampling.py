@@ -11,7 +11,7 @@ from starlm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What may be chosen, and how boldly. Filters apply in this order: penalty, temperature, top-k, top-p, min-p."""
+    """What may be chosen, and how boldly. In this order: penalty, temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.8
     """0 always takes the likeliest token; 1 samples from the model's own distribution."""
@@ -22,7 +22,7 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least this share of the likeliest one's probability; 0 is off (arXiv 2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive logits (multiplies negative ones) of tokens already there; 1 is off (arXiv 1909.05858)."""
+    """Divides positive logits of tokens that occurred, multiplies negative; 1 is off (arXiv 1909.05858)."""
     seed: int | None = None
     """Same seed, same text; None draws a new one each time."""
 
@@ -36,6 +36,7 @@ class Sampling:
         require(0 < self.top_p <= 1, "above 0 and at most 1", "top_p")
         require(0 <= self.min_p <= 1, "between 0 and 1", "min_p")
         require(0 < self.repetition_penalty < float("inf"), "above 0", "repetition_penalty")
+        require(self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits", "seed")
 
     def generator(self) -> torch.Generator:
         """A random generator started from `seed`."""
@@ -63,8 +64,8 @@ def probabilities(
         logits = logits.index_copy(0, seen, _penalised(logits[seen], penalty))
     if sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    # Largest logit at 0 first: dividing by a tiny temperature must not overflow.
-    logits = (logits - logits.max()) / sampling.temperature
+    # Largest logit at 0 first, and in fp64: a tiny temperature must neither overflow nor become 0.
+    logits = ((logits - logits.max()).double() / sampling.temperature).to(logits.dtype)
     if 0 < sampling.top_k < logits.numel():
         # By rank rather than by value, so that ties cannot let more than k through.
         kept = logits.topk(sampling.top_k).indices

@@ -30,8 +30,8 @@ class TextModel:
         """Args: model: in evaluation mode. tokenizer: the one it was trained with."""
         if tokenizer.vocab_size != model.config.vocab_size:
             raise InputError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}. Use the "
-                f"tokenizer.json that the model was trained with."
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}. Use "
+                f"the tokenizer.json that the model was trained with."
             )
         self.model, self.tokenizer = model, tokenizer
 
@@ -40,19 +40,21 @@ class TextModel:
         """The model's config."""
         return self.model.config
 
-    def generate(self, prompt: str, *, max_tokens: int = 256, stop: Sequence[str] = (), **sampling) -> str:
+    def generate(
+        self, prompt: str, *, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling
+    ) -> str:
         """The continuation of `prompt`, as `stream` gives it piece by piece."""
         return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, **sampling))
 
     def stream(
-        self, prompt: str, *, max_tokens: int = 256, stop: Sequence[str] = (), **sampling
+        self, prompt: str, *, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling
     ) -> Iterator[str]:
         """The continuation of `prompt`, in pieces of whole characters, as they come.
 
         Args:
             prompt: text that the model continues; may be empty.
             max_tokens: at most this many new tokens.
-            stop: the text ends before the first of these strings.
+            stop: the text ends before this string, or the first of these.
             sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
         Raises:
@@ -61,11 +63,12 @@ class TextModel:
         options = Sampling(**sampling)
         if max_tokens < 0:
             raise InputError(f"max_tokens must be 0 or more; got {max_tokens}.")
-        if any(not text for text in stop):
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stop):
             raise InputError("stop must not contain an empty string.")
         tokens = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
         self._check_memory(len(tokens) + max_tokens)
-        return self._pieces(tokens, max_tokens, tuple(stop), options)
+        return self._pieces(tokens, max_tokens, stop, options)
 
     def _pieces(
         self, tokens: list[int], max_tokens: int, stop: tuple[str, ...], sampling: Sampling
@@ -118,9 +121,9 @@ class TextModel:
         free = psutil.virtual_memory().available
         if needed > free:
             raise InputError(
-                f"The prompt and the answer ({num_tokens} tokens) need about {needed / 2**20:.0f} MiB of decode "
-                f"state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for fewer "
-                f"tokens, or use a model with a smaller max_shift, whose memory is constant."
+                f"The prompt and the answer ({num_tokens} tokens) need about {needed / 2**20:.0f} MiB of "
+                f"decode state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for "
+                f"fewer tokens, or use a model with a smaller max_shift, whose memory is constant."
             )
 
 

@@ -38,7 +38,7 @@ def write_model(model: StarLM, folder: Path, *, bos: int | None = None) -> None:
     config = {
         "architectures": ["StarLMForCausalLM"],
         "model_type": "starlm",
-        "dtype": "float32",
+        "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         **tokens,
         **to_dict(model.config),
     }
@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.exists():
         raise InputError(f"There is no model at {path}. Give a run folder or a checkpoint folder.")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / MANIFEST).is_file():
         return path
     found = steps(path)
     if not found:
@@ -113,20 +113,28 @@ def verify(folder: Path) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         return
-    for name, entry in read_json(path).get("files", {}).items():
+    manifest = read_json(path)
+    try:
+        entries = [
+            (Path(name).name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise _unusable(folder, f"{MANIFEST} is damaged: it does not list the files") from None
+    for name, size, digest in entries:
         file = folder / name
         if not file.is_file():
-            problem = "is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            problem = f"is damaged: {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif sha256(file) != entry["sha256"]:
-            problem = "is damaged: its content does not match its SHA-256"
-        else:
-            continue
-        raise InputError(
-            f"The checkpoint {folder} cannot be used: {name} {problem}. Copy the checkpoint again, or delete "
-            f"this folder to go on from an earlier one."
-        )
+            raise _unusable(folder, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise _unusable(folder, f"{name} is damaged: {file.stat().st_size} bytes instead of {size}")
+        if sha256(file) != digest:
+            raise _unusable(folder, f"{name} is damaged: its content does not match its SHA-256")
+
+
+def _unusable(folder: Path, problem: str) -> InputError:
+    return InputError(
+        f"The checkpoint {folder} cannot be used: {problem}. Copy the checkpoint again, or delete this "
+        f"folder to go on from an earlier one."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Cannot read {path}: {error}. Copy the folder it belongs to again.") from None
 
 
@@ -177,11 +185,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _fitting(tensors: dict[str, Tensor], model: StarLM, folder: Path) -> dict[str, Tensor]:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
+    for name in sorted(wanted.keys() | tensors.keys()):
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != wanted.get(name) or not tensor.is_floating_point():
+            given = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            asked = f"has floats of shape {wanted[name]}" if name in wanted else "does not know it"
             raise InputError(
-                f"The weights in {folder} do not fit its config.json: {name} has shape {given.get(name)}, the "
-                f"config asks for {wanted.get(name)}. Copy the two files from the same checkpoint."
+                f"The weights in {folder} do not fit its config.json: {name} {given}; the model of that "
+                f"config {asked}. Copy the two files from the same checkpoint."
             )
     return tensors

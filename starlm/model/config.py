@@ -19,13 +19,13 @@ class StarLMConfig:
     heads: int = 0
     """Heads per layer; 0 means one per 32 channels up to width 512, one per 64 beyond."""
     layers: str = "D"
-    """Pattern of layers, repeated to `depth` (e.g. DDDA): D a Deformer, A attention, W attention over a sliding
-    window, C a gated short convolution."""
+    """Pattern of layers, repeated to `depth` (e.g. DDDA): D a Deformer, A attention, W attention over a
+    sliding window, C a gated short convolution."""
     preset: Preset = "gated"
     """Form of the Deformer layers."""
     kinds: tuple[str, ...] = ()
-    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., box. Empty
-    for the preset's own: mixed for star, now for the others."""
+    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., box.
+    Empty for the preset's own: mixed for star, now for the others."""
     mlp_ratio: int = 4
     """Hidden width of the relu² MLP over D; 0 leaves the MLP out."""
     context: int = 512
@@ -34,10 +34,6 @@ class StarLMConfig:
     """Furthest reach of a Deformer head in tokens; None is unbounded. Bounded means constant memory."""
     shift_init: float | None = None
     """Shift in tokens that `now` heads start from (a learned bias); None has no bias: 0.8 on average."""
-    stagger: float = 0.0
-    """x"""
-    age: bool = False
-    """x"""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
     attention_window: int = 128
@@ -68,14 +64,13 @@ class StarLMConfig:
             "positive (tokens), or left out",
             "shift_init",
         )
-        require(self.softcap >= 0, "0 (off) or positive", "softcap")
-        require(self.rope_base > 1, "above 1", "rope_base")
+        require(0 <= self.softcap < float("inf"), "0 (off), or positive and finite", "softcap")
+        require(1 < self.rope_base < float("inf"), "above 1 and finite", "rope_base")
         require(self.attention_window >= 1, "at least 1", "attention_window")
         try:
-            kinds_of_heads(self.preset, self.kinds, 1)
             [order_of(kind) for kind in self.kinds]
         except InputError as error:
-            raise InputError(f"model.kinds: {error}") from None
+            raise InputError(f"model.kinds must be kinds of heads. {error}") from None
         if self.width % self.num_heads:
             raise InputError(
                 f"model.heads must divide the width; got {self.num_heads} heads for width "
@@ -112,7 +107,7 @@ class StarLMConfig:
         """Every n for which some head is anchored to n-grams, rising."""
         if "D" not in self.layer_kinds:
             return ()
-        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind)) is not None}))
+        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind))}))
 
     @property
     def layer_kinds(self) -> str:
@@ -124,7 +119,7 @@ class StarLMConfig:
         """Parameters by part: embedding, head, mixers, mlps, total."""
         d = self.width
         deformer = (3 if self.preset == "value" else 4) * d * d
-        if self.shift_init is not None or "box" in self.head_kinds or self.stagger:
+        if self.shift_init is not None or "box" in self.head_kinds:
             deformer += (2 if self.preset == "product" else 1) * d
         sizes = {"D": deformer, "A": 4 * d * d, "W": 4 * d * d, "C": 4 * d * d + 3 * d}
         mixers = sum(sizes[kind] for kind in self.layer_kinds)

@@ -156,7 +156,5 @@ def _block(config: StarLMConfig, kind: str) -> Block:
             max_shift=config.max_shift,
             shift_init=config.shift_init,
             window=max(2, config.context // 2),
-            stagger=config.stagger,
-            age=config.age,
         )
     return Block(mixer, MLP(config.width, config.mlp_ratio) if config.mlp_ratio else None)

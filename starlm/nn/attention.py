@@ -94,11 +94,12 @@ def _windowed(
     first: Int[Tensor, "B T"] | None,
     window: int,
 ) -> Float[Tensor, "B T H C"]:
-    """Attention to the last `window` rows, in blocks of that length that see themselves and the one before."""
+    """Attention to the last `window` rows, in blocks that long which see themselves and the one before."""
     batch, length = q.shape[:2]
     blocks = -(-length // window)
     padding = blocks * window - length
-    q, k, v = (nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (blocks, window)) for x in (q, k, v))
+    q, k, v = (nn.functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+    q, k, v = (x.unflatten(1, (blocks, window)) for x in (q, k, v))
     # [B, blocks, 2 * window, H, C]: the block before the first is empty, and masked.
     k, v = (torch.cat([nn.functional.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
     query = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)

@@ -1,4 +1,4 @@
-"""A gated short convolution, as LFM2 mixes tokens (arXiv 2511.23404): a peer, and the C in a pattern of layers."""
+"""A gated short convolution, as LFM2 mixes tokens (arXiv 2511.23404): a peer; C in a pattern of layers."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ TAPS = 3
 
 
 class ShortConv(nn.Module):
-    """y = Wo (c * conv(b * v)), with b, c, v = Wb x, Wc x, Wv x and a causal depthwise convolution of 3 taps."""
+    """y = Wo (Wc x * conv(Wb x * Wv x)), with a causal depthwise convolution of 3 taps."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -51,8 +51,6 @@ class Deformer(nn.Module):
         max_shift: int | None = None,
         shift_init: float | None = None,
         window: int = 256,
-        stagger: float = 0.0,
-        age: bool = False,
     ) -> None:
         """Args:
             dim: width D of the residual stream.
@@ -75,9 +73,8 @@ class Deformer(nn.Module):
             raise InputError(f"Deformer has the presets {', '.join(PRESETS)}; got {preset!r}.")
         self.dim, self.heads, self.preset = dim, heads, preset
         self.kinds = kinds_of_heads(preset, kinds, heads)
-        self.orders = [n for kind in self.kinds if (n := order_of(kind)) is not None]
+        self.orders = [n for kind in self.kinds if (n := order_of(kind))]
         self.max_shift, self.shift_init, self.window = max_shift, shift_init, window
-        self.stagger = stagger
         near, boxes = self.kinds.count("now"), self.kinds.count("box")
         spans = {
             "now": slice(0, near),
@@ -93,13 +90,10 @@ class Deformer(nn.Module):
             if preset != "value":
                 self.gate = linear(dim, dim)
             self.out = linear(dim, dim)
-        self.age = None
-        if age and self.orders:
-            self.age = nn.Parameter(torch.zeros(len(self.orders), 24, dim // heads))
         self.reset_parameters()
 
     def _shift_projection(self) -> nn.Linear:
-        return nn.Linear(self.dim, self.dim, bias=self.shift_init is not None or "box" in self.spans or self.stagger > 0)
+        return nn.Linear(self.dim, self.dim, bias=self.shift_init is not None or "box" in self.spans)
 
     def reset_parameters(self) -> None:
         """Start the weights: the output projection at zero, shifts and windows by their biases."""
@@ -120,10 +114,6 @@ class Deformer(nn.Module):
             # softplus^-1, in the form that does not overflow.
             start = self.shift_init + math.log(-math.expm1(-self.shift_init))
             nn.init.constant_(bias[: self.spans["now"].stop * channels], start)
-        if self.stagger:
-            n = bias[: self.spans["now"].stop * channels]
-            lag = torch.logspace(math.log10(0.3), math.log10(self.stagger), len(n))
-            n.add_(lag + torch.log(-torch.expm1(-lag)))
         if "box" in self.spans:
             # 2 log of windows that are log-spaced over the channels.
             windows = bias[self.spans["box"].start * channels :]
@@ -167,16 +157,7 @@ class Deformer(nn.Module):
             return q * self._read("key", self.key(x), self.key_shift(x), *where)
         y = self._read("value", self.value(x), self.shift(x), *where)
         if self.preset != "value":
-            gate = self.gate(x)
-            if self.age is not None:
-                origin = torch.stack([origins[n] for n in self.orders], dim=-1)
-                own = torch.arange(x.shape[1], device=x.device)[:, None]
-                bucket = torch.where(origin < 0, 0, 1 + (own - origin + 1).clamp(min=1).float().log2().floor().long())
-                extra = self.age[torch.arange(len(self.orders)), bucket]
-                span = self.spans["anchored"]
-                gate = gate.unflatten(-1, (self.heads, -1))
-                gate = torch.cat([gate[:, :, : span.start], gate[:, :, span] + extra, gate[:, :, span.stop :]], dim=2).flatten(-2)
-            y = y * torch.sigmoid(gate)
+            y = y * torch.sigmoid(self.gate(x))
         return self.out(y)
 
     def _read(
@@ -190,7 +171,8 @@ class Deformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), continuing the rows of `stream` that the state holds."""
         values = rms(values.unflatten(-1, (self.heads, -1)))
-        # fp32 at the least: a distance of 300 tokens has no fraction left in bf16.
+        # A projection in bf16 has rounded a distance of 300 tokens to the next even one; from here on, where
+        # distances meet rows, all is fp32 at the least.
         shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).unflatten(-1, (self.heads, -1))
         read = []
         for name, span in self.spans.items():

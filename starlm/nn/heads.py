@@ -1,9 +1,9 @@
 """Kinds of heads, as names. No torch here: the model's config reads it too.
 
-    now                    reads a predicted distance behind the query
-    token, bigram, trigram reads around the row behind the last occurrence of the last 1, 2, 3 tokens; any
-                           n from 4 on is written 4-gram, 5-gram, ...
-    box                    reads the mean over a predicted window that ends at the query
+now                    reads a predicted distance behind the query
+token, bigram, trigram reads around the row behind the last occurrence of the last 1, 2, 3 tokens; any
+                       n from 4 on is written 4-gram, 5-gram, ...
+box                    reads the mean over a predicted window that ends at the query
 """
 
 import re
@@ -27,8 +27,6 @@ def order_of(kind: str) -> int | None:
     """
     if kind in ("now", "box"):
         return None
-    if kind == "suffix":
-        return 0
     match = re.fullmatch(r"([4-9]|[1-9]\d)-gram", kind)
     if kind in _ORDERS or match:
         return _ORDERS[kind] if match is None else int(match[1])
@@ -46,4 +44,4 @@ def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[st
     """
     pattern = tuple(kinds) or (STAR if preset == "star" else ("now",))
     chosen = [pattern[head % len(pattern)] for head in range(heads)]
-    return tuple(sorted(chosen, key=lambda kind: (kind == "box", order_of(kind) if order_of(kind) is not None else -1)))
+    return tuple(sorted(chosen, key=lambda kind: (kind == "box", order_of(kind) or 0)))

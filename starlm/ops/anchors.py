@@ -14,8 +14,6 @@ from torch import Tensor
 
 from starlm.errors import InputError
 
-SUFFIX = 8
-
 
 def anchors(
     tokens: Int[Tensor, "B T"], orders: Sequence[int], *, first: Int[Tensor, "B T"] | None = None
@@ -39,14 +37,6 @@ def anchors(
         >>> anchors(torch.tensor([[5, 6, 5, 6]]), [1, 2])[0].T.tolist()
         [[-1, -1, 1, 2], [-1, -1, -1, 2]]
     """
-    if 0 in orders:
-        wide = [n for n in orders if n] + list(range(1, SUFFIX + 1))
-        found = _anchors(tokens, wide, first)
-        longest = found[..., -1]
-        for n in range(2, SUFFIX + 1):
-            longest = torch.where(longest >= 0, longest, found[..., -n])
-        rest = iter(found.unbind(-1))
-        return torch.stack([longest if n == 0 else next(rest) for n in orders], dim=-1)
     if not orders or min(orders) < 1:
         raise InputError(f"anchors needs orders of 1 or more; got {list(orders)}.")
     return _anchors(tokens, list(orders), first)

@@ -1,6 +1,6 @@
 """Fused CPU kernels of `deform`: numba, forward and backward, all cores, no atomics.
 
-Tensors are viewed as [B, T, H, C] numpy arrays; bfloat16 travels as its uint16 bits and is widened one
+Tensors are viewed as [B, T, H * C] numpy arrays; bfloat16 travels as its uint16 bits and is widened one
 element at a time. The forward splits the queries over threads; the backward splits batch and heads, so
 that every element of the gradient has one owner that adds to it in order of t: the result does not
 depend on the number of threads and is always deterministic.
@@ -22,7 +22,7 @@ from torch import Tensor
 SERIAL_ELEMENTS = 1 << 15
 # Stands in for infinite shifts: beyond any row number below 2^30, exact in fp32, and `origin - FAR - 1`
 # stays inside int32.
-FAR = 2.0**30
+FAR = np.float32(2.0**30)
 
 _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 _i32 = np.int32
@@ -65,13 +65,14 @@ def _store_overload(out, index, x):
 
 
 @_jit
-def _locate(shift, origin, start, last, near, far, fraction):
-    """Rows to read and weight of the further one, for the shifts of one head.
+def _locate(shift, origin, start, last, rows, fraction):
+    """Rows to read (near, far) and weight of the far one, for the shifts of one head.
 
     Apart from the reads, so that this loop vectorises and the reads are all that is left of the other.
     """
+    near, far = rows[0], rows[1]
     for c in range(shift.size):
-        x = shift[c]
+        x = _widen(shift[c])
         whole = np.floor(x)
         reach = min(max(whole, -FAR), FAR)
         # Beyond FAR both rows are the same one, so the fraction is moot; NaN must stay NaN.
@@ -82,70 +83,76 @@ def _locate(shift, origin, start, last, near, far, fraction):
 
 
 @_jit
-def _forward(values, shift, origin, first, past, out, row0, row1):
-    """Fill queries row0 .. row1 of the B * T in `out`."""
-    _, length, heads, channels = shift.shape
-    near, far = np.empty(channels, np.int32), np.empty(channels, np.int32)
-    fraction = np.empty(channels, shift.dtype)
-    for row in range(row0, row1):
-        b, t = row // length, row % length
-        last = _i32(t if past is None else past[b] + t)
-        start = _i32(0 if first is None else first[b, t])
+def _forward(values, shift, heads, origin, first, past, out, rows, fraction, query0, query1):
+    """Fill queries query0 .. query1 of the B * T in `out`; `rows` and `fraction` are scratch."""
+    _, length, width = shift.shape
+    channels = width // heads
+    for query in range(query0, query1):
+        b, t = query // length, query % length
+        last = _i32(past[b] + t)
+        start = _i32(first[b, t])
+        source = values[b]
         for h in range(heads):
             o = last if origin is None else _i32(origin[b, t, h])
-            source, target = values[b, :, h], out[b, t, h]
+            left, right = h * channels, (h + 1) * channels
+            target = out[b, t, left:right]
             if o < 0:
                 for c in range(channels):
                     _store(target, c, np.float32(0))
                 continue
-            _locate(shift[b, t, h], o, start, last, near, far, fraction)
+            _locate(shift[b, t, left:right], o, start, last, rows, fraction)
             for c in range(channels):
-                v = _widen(source[np.uint32(near[c]), c])
-                _store(target, c, v + fraction[c] * (_widen(source[np.uint32(far[c]), c]) - v))
+                i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
+                v = _widen(source[i, column])
+                _store(target, c, v + fraction[c] * (_widen(source[j, column]) - v))
 
 
 @_jit
-def _backward(grad, values, shift, origin, first, past, dvalues, dshift, groups, part0, part1):
+def _backward(
+    grad, values, shift, heads, origin, first, past, dvalues, dshift, rows, fraction, groups, part0, part1
+):
     """Add to `dvalues` and fill `dshift` for parts part0 .. part1 of the B * groups (batch, heads) pairs."""
-    _, length, heads, channels = shift.shape
-    near, far = np.empty(channels, np.int32), np.empty(channels, np.int32)
-    fraction = np.empty(channels, shift.dtype)
+    _, length, width = shift.shape
+    channels = width // heads
     for part in range(part0, part1):
         b, group = part // groups, part % groups
+        source, dsource = values[b], dvalues[b]
         for t in range(length):
-            last = _i32(t if past is None else past[b] + t)
-            start = _i32(0 if first is None else first[b, t])
+            last = _i32(past[b] + t)
+            start = _i32(first[b, t])
             for h in range(heads * group // groups, heads * (group + 1) // groups):
                 o = last if origin is None else _i32(origin[b, t, h])
-                g, ds = grad[b, t, h], dshift[b, t, h]
-                source, dsource = values[b, :, h], dvalues[b, :, h]
+                left, right = h * channels, (h + 1) * channels
+                g, ds = grad[b, t, left:right], dshift[b, t, left:right]
                 if o < 0:
                     for c in range(channels):
-                        ds[c] = 0
+                        _store(ds, c, np.float32(0))
                     continue
-                _locate(shift[b, t, h], o, start, last, near, far, fraction)
+                _locate(shift[b, t, left:right], o, start, last, rows, fraction)
                 for c in range(channels):
-                    i, j = np.uint32(near[c]), np.uint32(far[c])
+                    i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
                     dy = _widen(g[c])
-                    ds[c] = dy * (_widen(source[j, c]) - _widen(source[i, c]))
-                    dsource[i, c] += dy * (1 - fraction[c])
-                    dsource[j, c] += dy * fraction[c]
+                    _store(ds, c, dy * (_widen(source[j, column]) - _widen(source[i, column])))
+                    further = dy * fraction[c]
+                    dsource[i, column] += dy - further
+                    dsource[j, column] += further
 
 
 def forward(
     values: Tensor, shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
 ) -> Tensor:
     """`deform` for CPU tensors; see `starlm.ops.deform`."""
-    exact, bits = _dtypes(values, shift)
-    out = torch.empty(shift.shape, dtype=bits)
-    arrays = [
-        _array(values, bits),
-        _array(shift, exact),
-        *map(_index, (origin, first, past)),
-        _array(out, bits),
-    ]
+    exact = _exact(values, shift)
+    out = torch.empty(shift.shape, dtype=_kept(values, exact))
+    heads = _heads(shift, origin, 1)
+    arrays = [_array(values, exact), _array(shift, exact), heads]
+    arrays += [*_indices(shift, origin, first, past), _array(out, exact)]
+
+    def work(begin: int, end: int) -> None:
+        _forward(*arrays, *_scratch(shift, heads, exact), begin, end)
+
     batch, length = shift.shape[:2]
-    _spread(lambda begin, end: _forward(*arrays, begin, end), batch * length, shift.numel())
+    _spread(work, batch * length, shift.numel())
     return out.to(values.dtype)
 
 
@@ -158,32 +165,68 @@ def backward(
     past: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `forward` with respect to values and shift, each in its input's dtype."""
-    exact, bits = _dtypes(values, shift)
+    exact = _exact(values, shift)
     dvalues = torch.zeros(values.shape, dtype=exact)
-    dshift = torch.empty(shift.shape, dtype=exact)
-    arrays = [_array(grad, bits), _array(values, bits), _array(shift, exact)]
-    arrays += [*map(_index, (origin, first, past)), _array(dvalues, exact), _array(dshift, exact)]
+    dshift = torch.empty(shift.shape, dtype=_kept(shift, exact))
     batch, _, heads, _ = shift.shape
     # Whole batch rows where there are enough of them: neighbouring heads share cache lines and pages.
     groups = max(1, min(heads, -(-torch.get_num_threads() // max(batch, 1))))
-    _spread(lambda begin, end: _backward(*arrays, groups, begin, end), batch * groups, shift.numel())
+    heads = _heads(shift, origin, groups)
+    arrays = [_array(grad.to(values.dtype), exact), _array(values, exact), _array(shift, exact), heads]
+    arrays += [*_indices(shift, origin, first, past), _array(dvalues, exact), _array(dshift, exact)]
+
+    def work(begin: int, end: int) -> None:
+        _backward(*arrays, *_scratch(shift, heads, exact), groups, begin, end)
+
+    _spread(work, batch * groups, shift.numel())
     return dvalues.to(values.dtype), dshift.to(shift.dtype)
 
 
-def _dtypes(values: Tensor, shift: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the arithmetic, and the one in which the kernels read values."""
-    exact = torch.promote_types(torch.promote_types(values.dtype, shift.dtype), torch.float32)
-    bfloat = values.dtype == torch.bfloat16 and exact == torch.float32
-    return exact, torch.bfloat16 if bfloat else exact
+def _heads(shift: Tensor, origin: Tensor | None, groups: int) -> int:
+    """Heads for the kernels. Only origins tell heads apart; without them, few wide ones have long loops."""
+    heads, channels = shift.shape[2:]
+    return groups if origin is None and heads * channels % groups == 0 else max(heads, 1)
 
 
-def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    tensor = tensor.detach().to(dtype).contiguous()
-    return (tensor.view(torch.uint16) if dtype == torch.bfloat16 else tensor).numpy()
+def _exact(values: Tensor, shift: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.promote_types(torch.promote_types(values.dtype, shift.dtype), torch.float32)
 
 
-def _index(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.to(torch.int64).contiguous().numpy()
+def _kept(tensor: Tensor, exact: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernels hold a tensor: bfloat16 stays what it is in fp32 arithmetic."""
+    return torch.bfloat16 if tensor.dtype == torch.bfloat16 and exact == torch.float32 else exact
+
+
+def _array(tensor: Tensor, exact: torch.dtype) -> np.ndarray:
+    """The tensor as [B, S, H * C]; bfloat16 as its bits."""
+    tensor = tensor.detach().to(_kept(tensor, exact)).contiguous()
+    tensor = tensor.view(*tensor.shape[:2], tensor.shape[2] * tensor.shape[3])
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _scratch(shift: Tensor, heads: int, exact: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Room for the rows to read and the weights of one head."""
+    channels = shift.shape[2] * shift.shape[3] // heads
+    return np.empty((2, channels), np.int32), np.empty(
+        channels, np.float64 if exact == torch.float64 else np.float32
+    )
+
+
+def _indices(
+    shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """`origin`, `first` and `past` as int64 arrays; the latter two filled in, so that kernels are fewer."""
+    batch, length = shift.shape[:2]
+    return (
+        None if origin is None else _index(origin),
+        np.zeros((batch, length), np.int64) if first is None else _index(first),
+        np.zeros(batch, np.int64) if past is None else _index(past),
+    )
+
+
+def _index(tensor: Tensor) -> np.ndarray:
+    return tensor.to(torch.int64).contiguous().numpy()
 
 
 def _spread(work: Callable[[int, int], None], count: int, elements: int) -> None:

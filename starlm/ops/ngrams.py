@@ -60,7 +60,7 @@ def _remove(tokens, n, table, chain, begin, end):
 
 @_jit
 def _batch(tokens, orders, size, first, origin, begin, end):
-    rows, length = tokens.shape
+    length = tokens.shape[1]
     table, chain = np.empty(size, np.int32), np.empty(length, np.int32)
     found = np.empty(length, np.int64)
     for part in range(begin, end):

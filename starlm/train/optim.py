@@ -115,7 +115,7 @@ def _groups(model: StarLM) -> dict[str, list[nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if name.startswith(("embedding.", "head.")):
             groups[name.split(".")[0]].append(parameter)
-        elif parameter.ndim != 2 or name.endswith('taps'):
+        elif parameter.ndim != 2 or name.endswith("taps"):
             groups["biases"].append(parameter)
         else:
             groups["shifts" if id(parameter) in shifts else "matrices"].append(parameter)

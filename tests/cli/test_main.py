@@ -58,7 +58,7 @@ def test_without_a_verb(command):
         (["train", "--steps", "0"], "error: steps must be above 0, or left out; got 0."),
         (["train", "--config", "missing.toml"], "Cannot read the config file missing.toml"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "Give the prompt once"),
-        (["bench", "op", "--lengths", "100"], "lengths must be divisors of batch_tokens (8192)"),
+        (["bench", "op", "--lengths", "100"], "lengths must be divisors of batch_tokens (131072)"),
     ],
 )
 def test_bad_usage_is_2_and_named(command, words, text):

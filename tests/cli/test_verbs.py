@@ -220,13 +220,13 @@ def test_report(command, fake_train):
 
 
 def test_bench_op(command, stand_in):
-    def main(options):
+    def main(options, machine):
         print("a table")
-        return {"tokens": options.batch_tokens}
+        return {"tokens": options.batch_tokens, "knows the machine": "torch" in machine}
 
     stand_in("starlm.bench.op", main=main)
     done = command("bench", "op", "--preset", "quick", "--json")
-    assert (done.json, done.err) == ({"tokens": 2048}, "a table\n")
+    assert (done.json, done.err) == ({"tokens": 4096, "knows the machine": True}, "a table\n")
 
 
 def test_doctor(command):

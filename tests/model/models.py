@@ -30,6 +30,9 @@ BOUNDED = {
     "mixed, bounded": {"layers": "DA", "max_shift": 5},
     "star, bounded": {**STAR, "max_shift": 6},
 }
+# Past 4096 tokens, cut where blocks of kernels begin, at both ends, and where bf16 cannot count on.
+LONG = 4097
+CUTS = (0, 255, 2047, 4095)
 
 
 def make_model(kind, *, dtype=torch.float64, **options):
@@ -41,3 +44,15 @@ def make_model(kind, *, dtype=torch.float64, **options):
 
 def make_tokens(*shape):
     return torch.randint(VOCAB, shape)
+
+
+def in_precision(model, precision):
+    """A call of the model in float32, bfloat16, or autocast to bfloat16."""
+    if precision == "bfloat16":
+        model.bfloat16()
+
+    def run(tokens):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return model(tokens)
+
+    return run

@@ -149,8 +149,8 @@ def test_empty():
 def test_errors():
     with pytest.raises(InputError, match="heads=5, dim=12"):
         Deformer(12, 5)
-    with pytest.raises(InputError, match="'star'"):
-        unchecked(Deformer.__init__)(Deformer(12, 3), 12, 3, preset="star")
+    with pytest.raises(InputError, match="'moon'"):
+        unchecked(Deformer.__init__)(Deformer(12, 3), 12, 3, preset="moon")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,30 @@ def test_lower_precision_rounds_once(dtype, length):
             assert_same(name, a / scale, b / scale, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shift_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dtypes_may_differ(dtype, shift_dtype):
+    values, shift, options = make(33, "near", origin=False)
+    values, shift, grad = values.to(dtype), shift.to(shift_dtype), torch.randn(shift.shape).to(dtype)
+    exact = run("reference", values.double(), shift.double(), options, grad.double())
+    for backend in ("reference", "cpu"):
+        got = run(backend, values, shift, options, grad)
+        assert [x.dtype for x in got] == [dtype, dtype, shift_dtype]
+        for name, a, b in zip(("out", "dvalues", "dshift"), got, exact, strict=True):
+            scale = b.abs().max().clamp(min=1)
+            # What goes through the dtype of the values is no better than it.
+            tolerance = max(TOLERANCE[a.dtype], TOLERANCE[dtype])
+            assert_same(name, a.double() / scale, b / scale, tolerance)
+
+
 def test_gradcheck():
     """First derivatives against finite differences, away from the kinks at integers; both backends."""
     for past, origin in ((0, False), (3, True)):

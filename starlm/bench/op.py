@@ -1,0 +1,331 @@
+"""The operator beside its peers: time per token over the length of a row, at a constant number of tokens.
+
+    starlm bench op
+    starlm bench op --preset acceptance --json
+
+Peers, in one process and interleaved: the reference in plain PyTorch, torch.compile of it, the fused cpu
+kernels, and causal scaled_dot_product_attention of the same width. The memory limit is the time that adding
+two such tensors takes, which moves as many bytes as the forward pass must. Nothing is timed before the cpu
+kernels and the compiled reference have given the reference's result on the very inputs.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from starlm.bench.config import OpOptions
+from starlm.bench.timing import Timing, interleave
+from starlm.errors import StarLMError
+from starlm.ops import deform
+from starlm.ops.reference import deform_reference
+
+Pass = Literal["forward", "both"]
+PASSES: tuple[Pass, ...] = ("forward", "both")
+NAMES = {"forward": "forward", "both": "forward+backward"}
+REFERENCE, COMPILED, CPU, ATTENTION, MEMORY = "reference", "compiled", "cpu", "attention", "memory limit"
+# Mean of softplus(x), x standard normal: the shifts of a layer that has just been initialised.
+SOFTPLUS_MEAN = 0.8059
+# Relative to the largest element: the kernels add up the gradient of values in another order.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of the table."""
+
+    length: int
+    shift: float | None
+    """Mean, in tokens; None where the peer has no shift."""
+    peer: str
+    kind: Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Inputs of one length and one mean shift."""
+
+    values: Tensor
+    shift: Tensor
+    grad: Tensor
+
+    @classmethod
+    def make(cls, batch: int, length: int, heads: int, channels: int, mean: float) -> "Problem":
+        """Standard normal values, and softplus of standard normal, scaled to the mean, as shifts."""
+        shape = (batch, length, heads, channels)
+        random = torch.Generator().manual_seed(0)
+        values, shift, grad = (torch.randn(shape, generator=random) for _ in range(3))
+        shift = torch.nn.functional.softplus(shift).mul_(mean / SOFTPLUS_MEAN)
+        return cls(values=values.requires_grad_(), shift=shift.requires_grad_(), grad=grad)
+
+    def forward(self, function: Callable[..., Tensor]) -> Tensor:
+        """The result alone."""
+        with torch.no_grad():
+            return function(self.values, self.shift)
+
+    def both(self, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """The result and both gradients."""
+        out = function(self.values, self.shift)
+        return out.detach(), *torch.autograd.grad(out, (self.values, self.shift), self.grad)
+
+
+def main(options: OpOptions, machine: dict[str, str]) -> dict[str, Any]:
+    """Print the table, and draw it if `options.plot` says where.
+
+    Args:
+        machine: hardware and versions, to print and to keep with the figures.
+
+    Returns:
+        Everything that was measured, for JSON.
+
+    Raises:
+        StarLMError: the cpu kernels or the compiled reference compute something else than the reference.
+    """
+    began, load = time.perf_counter(), _load()
+    heads = options.dim // options.channels
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    print(
+        f"{options.batch_tokens:,} tokens a call, D = {options.dim} ({heads} x {options.channels}), float32, "
+        f"{torch.get_num_threads()} threads, {options.repeats} rounds, load {load}\n"
+        "ns per token: median (interquartile range over median); x: times as fast as the reference; "
+        "memory: share of the memory limit\n"
+    )
+    timings: dict[Cell, Timing] = {}
+    skipped: dict[Cell, str] = {}
+    print(_row("T", "shift", "", "forward", "x", "memory", "forward+backward", "x"))
+    for length in sorted(options.lengths):
+        found, missed = _measure(length, options, timings)
+        timings |= found
+        skipped |= missed
+        print("\n".join(_rows(length, options, timings, skipped)), flush=True)
+    summary = _summary(options, timings)
+    print("\n" + "\n".join(_say(summary)))
+    if options.plot is not None:
+        from starlm.bench.plot import draw
+
+        draw(options.plot, {cell: _ns(timing, options) for cell, timing in timings.items()})
+        print(f"\n{options.plot}")
+    return {
+        "command": _command(options),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "load": {"before": load, "after": _load()},
+        "options": {name: value for name, value in vars(options).items() if name != "plot"},
+        "heads": heads,
+        "dtype": "float32",
+        "cells": [
+            {
+                **asdict(cell),
+                "ns_per_token": _ns(timing, options),
+                "spread": timing.spread,
+                "seconds": timing.seconds,
+            }
+            for cell, timing in timings.items()
+        ],
+        "skipped": [{**asdict(cell), "why": why} for cell, why in skipped.items()],
+        **summary,
+        "took_seconds": time.perf_counter() - began,
+    }
+
+
+def _measure(
+    length: int, options: OpOptions, earlier: dict[Cell, Timing]
+) -> tuple[dict[Cell, Timing], dict[Cell, str]]:
+    """Timings of all cells of one length, and why some are missing."""
+    batch, heads = options.batch_tokens // length, options.dim // options.channels
+    problems = {s: Problem.make(batch, length, heads, options.channels, s) for s in options.shifts}
+    functions = {REFERENCE: deform_reference, COMPILED: _compile(), CPU: _cpu}
+    calls: dict[Cell, Callable[[], Any]] = {}
+    skipped: dict[Cell, str] = {}
+    for shift, problem in problems.items():
+        wanted = problem.both(deform_reference)
+        for peer, function in functions.items():
+            why = _gate(peer, problem, function, wanted)
+            for kind in PASSES:
+                cell = Cell(length=length, shift=shift, peer=peer, kind=kind)
+                if why:
+                    skipped[cell] = why
+                else:
+                    calls[cell] = partial(getattr(problem, kind), function)
+
+    problem = problems[options.shifts[0]]
+    attention = Attention(problem)
+    for kind in PASSES:
+        cell = Cell(length=length, shift=None, peer=ATTENTION, kind=kind)
+        seconds = _predict(cell, earlier)
+        if seconds > options.limit_seconds:
+            skipped[cell] = f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
+        else:
+            calls[cell] = getattr(attention, kind)
+            calls[cell]()
+    memory = Cell(length=length, shift=None, peer=MEMORY, kind="forward")
+    calls[memory] = partial(problem.forward, torch.add)
+    calls[memory]()
+    return interleave(calls, options.repeats), skipped
+
+
+class Attention:
+    """Causal attention of the same width; its queries, keys and values are one tensor each."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.query, self.key, self.value = (
+            x.detach().transpose(1, 2).contiguous().requires_grad_()
+            for x in (problem.values, problem.grad, problem.values)
+        )
+        self.grad = problem.grad.transpose(1, 2).contiguous()
+
+    def forward(self) -> Tensor:
+        """The result alone."""
+        with torch.no_grad():
+            return self._attend()
+
+    def both(self) -> tuple[Tensor, ...]:
+        """All three gradients."""
+        return torch.autograd.grad(self._attend(), (self.query, self.key, self.value), self.grad)
+
+    def _attend(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.query, self.key, self.value, is_causal=True
+        )
+
+
+def _cpu(values: Tensor, shift: Tensor) -> Tensor:
+    return deform(values, shift, backend="cpu")
+
+
+def _compile() -> Callable[..., Tensor]:
+    # Each length has its own code, as a model of that context would.
+    torch.compiler.reset()
+    return torch.compile(deform_reference, fullgraph=True, dynamic=False)
+
+
+def _gate(peer: str, problem: Problem, function: Callable[..., Tensor], wanted: Iterable[Tensor]) -> str:
+    """Why `function` cannot be timed here; nothing if it can. Calls both passes, so that they are warm.
+
+    Raises:
+        StarLMError: it computes something else than the reference.
+    """
+    try:
+        got = (problem.forward(function), *problem.both(function)[1:])
+    except Exception as error:
+        # torch.compile needs a C++ compiler; the other peers are worth timing without it.
+        if peer != COMPILED:
+            raise
+        return f"torch.compile does not run here ({type(error).__name__})"
+    for name, a, b in zip(("output", "gradient of values", "gradient of shift"), got, wanted, strict=True):
+        error = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+        # Not `error > TOLERANCE`: NaN must not pass.
+        if not error <= TOLERANCE:
+            raise StarLMError(
+                f"The {name} of {peer} is off by {error:.3g} of the largest element at B, T, H, C = "
+                f"{tuple(problem.shift.shape)}, where {TOLERANCE:g} is allowed. Timings of a wrong operator "
+                f"mean nothing. Run `starlm doctor` and report what it says."
+            )
+    return ""
+
+
+def _predict(cell: Cell, earlier: dict[Cell, Timing]) -> float:
+    """Seconds that attention will take, from the greatest shorter length: its cost per token grows as T."""
+    known = {c.length: t for c, t in earlier.items() if (c.peer, c.kind) == (cell.peer, cell.kind)}
+    return known[max(known)].median * cell.length / max(known) if known else 0.0
+
+
+def _ns(timing: Timing, options: OpOptions) -> float:
+    return timing.median / options.batch_tokens * 1e9
+
+
+def _rows(
+    length: int, options: OpOptions, timings: dict[Cell, Timing], skipped: dict[Cell, str]
+) -> Iterable[str]:
+    """The lines of the table for one length."""
+
+    def figures(shift: float | None, peer: str) -> list[str]:
+        row = []
+        for kind in PASSES:
+            cell = Cell(length=length, shift=shift, peer=peer, kind=kind)
+            if cell in skipped:
+                row += ["skipped", *[""] * (2 if kind == "forward" else 1)]
+                continue
+            if cell not in timings:
+                continue
+            timing = timings[cell]
+            reference = timings.get(Cell(length=length, shift=shift, peer=REFERENCE, kind=kind))
+            ratio = f"{reference.median / timing.median:.1f}" if reference else ""
+            row += [f"{_ns(timing, options):,.1f} ({timing.spread:.0%})", ratio]
+            if kind == "forward":
+                limit = timings[Cell(length=length, shift=None, peer=MEMORY, kind="forward")]
+                row.append(f"{limit.median / timing.median:.0%}")
+        return row
+
+    for shift in options.shifts:
+        for peer in (REFERENCE, COMPILED, CPU):
+            yield _row(str(length), f"{shift:g}", peer, *figures(shift, peer))
+    for peer in (ATTENTION, MEMORY):
+        yield _row(str(length), "", peer, *figures(None, peer))
+    for cell, why in skipped.items():
+        if cell.length == length:
+            yield f"{length:>7} {'':6}  {cell.peer}, {NAMES[cell.kind]}: skipped, {why}"
+    yield ""
+
+
+def _row(length: str, shift: str, peer: str, *figures: str) -> str:
+    forward, x, memory, both, x_both = (*figures, *[""] * 5)[:5]
+    return f"{length:>7} {shift:>6}  {peer:<13}{forward:>17}{x:>7}{memory:>8}{both:>19}{x_both:>7}".rstrip()
+
+
+def _summary(options: OpOptions, timings: dict[Cell, Timing]) -> dict[str, Any]:
+    """The two claims: how much faster than the reference, and how time per token grows from T = 2048 on."""
+
+    def median(length: int, shift: float, peer: str, kind: Pass) -> float:
+        return timings[Cell(length=length, shift=shift, peer=peer, kind=kind)].median
+
+    longest = max(options.lengths)
+    faster, growth = [], []
+    for kind in PASSES:
+        for shift in options.shifts:
+            where = {"pass": NAMES[kind], "shift": shift}
+            for length in sorted(options.lengths):
+                ratio = median(length, shift, REFERENCE, kind) / median(length, shift, CPU, kind)
+                faster.append({**where, "length": length, "ratio": ratio})
+            if 2048 in options.lengths and longest > 2048:
+                ratio = median(longest, shift, CPU, kind) / median(2048, shift, CPU, kind)
+                growth.append({**where, "length": longest, "over": 2048, "ratio": ratio})
+    return {"cpu_over_reference": faster, "cpu_time_per_token": growth}
+
+
+def _say(summary: dict[str, Any]) -> Iterable[str]:
+    """The summary in words."""
+    for row in summary["cpu_over_reference"]:
+        if row["length"] == 2048:
+            yield (
+                f"cpu, {row['pass']}, T = 2048, shifts of mean {row['shift']:g}: "
+                f"{row['ratio']:.1f} times as fast as the reference"
+            )
+    for row in summary["cpu_time_per_token"]:
+        yield (
+            f"cpu, {row['pass']}, shifts of mean {row['shift']:g}: time per token at T = {row['length']} is "
+            f"{row['ratio']:.2f} times that at T = {row['over']}"
+        )
+
+
+def _command(options: OpOptions) -> str:
+    """The command line that measures the same."""
+    words = ["starlm bench op"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default and field.name != "plot":
+            words += [
+                f"--{field.name.replace('_', '-')}",
+                *map(str, value if isinstance(value, tuple) else [value]),
+            ]
+    return " ".join(words)
+
+
+def _load() -> str:
+    """Load averages; what else ran on the machine."""
+    return " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"

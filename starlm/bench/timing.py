@@ -1,0 +1,45 @@
+"""Timing of calls side by side: in one process, round by round, so that a disturbance hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each call."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def interleave(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, Timing]:
+    """Times of all calls, each called once in every round; each round begins one call further on.
+
+    Warming up is the caller's business.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    keys = list(calls)
+    for number in range(rounds):
+        start = number % max(len(keys), 1)
+        for key in keys[start:] + keys[:start]:
+            began = time.perf_counter()
+            calls[key]()
+            seconds[key].append(time.perf_counter() - began)
+    return {key: Timing(tuple(values)) for key, values in seconds.items()}

@@ -1,0 +1,6 @@
+import sys
+from pathlib import Path
+
+# Helpers stand beside the tests that use them.
+tests = Path(__file__).parent.parent
+sys.path[:0] = [str(tests / "model"), str(tests / "nn")]

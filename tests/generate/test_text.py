@@ -1,0 +1,217 @@
+"""Text in, text out: pieces, stops, limits, and the same tokens as by full forwards."""
+
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from models import BOUNDED, KINDS, make_model
+
+from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
+from starlm.files import whole_folder
+from starlm.generate import text as module
+from starlm.generate.sampling import Sampling
+from starlm.generate.text import TextModel, load
+from starlm.model.checkpoint import write_model
+
+TOKENIZER = Tokenizer.train(["def add(a, b):\n    return a + b  # é 你好 🙂\n" * 30], 300)
+VOCAB = TOKENIZER.vocab_size
+
+
+def make(kind="mixed", **options):
+    return TextModel(make_model(kind, vocab_size=VOCAB, dtype=torch.float32, **options), TOKENIZER)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A text model that says what it is told to: tokens of a text, or ids."""
+
+    def say(what):
+        model = make()
+        ids = TOKENIZER.encode(what) if isinstance(what, str) else list(what)
+
+        def tokens(prompt, max_tokens, sampling):
+            for token in ids[:max_tokens]:
+                if token == TOKENIZER.bos:
+                    return
+                yield token
+
+        monkeypatch.setattr(model, "tokens", tokens)
+        return model
+
+    return say
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *BOUNDED])
+def test_greedy_text_is_argmax_of_full_forwards(kind, monkeypatch):
+    """Whatever the chunks in which the prompt is read."""
+    model = make(kind)
+    prompt = "def add(a, b): return 12 + " * 3
+    ids = [TOKENIZER.bos, *TOKENIZER.encode(prompt)]
+    wanted = list(ids)
+    for _ in range(30):
+        with torch.no_grad():
+            wanted.append(int(model.model(torch.tensor([wanted]))[0, -1].argmax()))
+    for chunk in (512, 7, 1):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        got = list(model.tokens(ids, 30, Sampling(temperature=0)))
+        stop = wanted.index(TOKENIZER.bos, len(ids)) if TOKENIZER.bos in wanted[len(ids) :] else len(wanted)
+        assert got == wanted[len(ids) : stop]
+        assert len(got) > 5
+    assert model.generate(prompt, max_tokens=30, temperature=0.0) == TOKENIZER.decode(got)
+    assert model.generate(prompt, max_tokens=30, top_k=1, temperature=1.0) == TOKENIZER.decode(got)
+
+
+def test_the_penalty_sees_prompt_and_answer():
+    model, ids = make(), [TOKENIZER.bos, *TOKENIZER.encode("return")]
+    got = list(model.tokens(ids, 40, Sampling(temperature=0, repetition_penalty=1e6)))
+    with torch.no_grad():
+        scores = model.model(torch.tensor([ids]))[0, -1]
+    # Whatever occurred is all but impossible while something else has a positive score.
+    assert scores.max() > 0
+    assert not set(got[:10]) & set(ids)
+    assert len(set(got[:10])) == len(got[:10])
+
+
+@pytest.mark.parametrize("text", ["é你好🙂" * 5, "plain", "", "a🙂b\n"])
+def test_pieces_are_whole_characters_and_join_to_the_text(script, text):
+    model = script(text)
+    pieces = list(model.stream("", max_tokens=1000))
+    assert "".join(pieces) == text == model.generate("", max_tokens=1000)
+    assert all("\ufffd" not in piece for piece in pieces)
+    if len(text) > 5:
+        assert len([piece for piece in pieces if piece]) > 5, "as they come, not all at the end"
+
+
+def test_a_character_that_is_never_finished(script):
+    ids = TOKENIZER.encode("ab🙂")
+    assert script(ids[:-1]).generate("") == "ab\ufffd"
+    assert script([*ids[:-1], *TOKENIZER.encode("c")]).generate("") == "ab\ufffdc"
+
+
+def test_the_document_ends_with_bos(script):
+    assert script([*TOKENIZER.encode("ab"), TOKENIZER.bos, *TOKENIZER.encode("cd")]).generate("") == "ab"
+
+
+def test_a_model_that_predicts_bos_ends():
+    model = make()
+    with torch.no_grad():
+        model.model.head.weight.zero_()
+    # All logits are equal: greedy takes the first id.
+    assert TOKENIZER.bos == 0
+    assert model.generate("def", max_tokens=50, temperature=0.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "two"], "one "),
+        ("one two three", ["o"], ""),
+        ("one two three", ["four"], "one two three"),
+        ("aaab", ["aab"], "a"),
+        ("ababac", ["abac"], "ab"),
+        ("say 🙂 now", ["🙂"], "say "),
+        ("ends with a start of stop: <|en", ["<|end|>"], "ends with a start of stop: <|en"),
+        ("x\n\ny", ["\n\n"], "x"),
+    ],
+)
+def test_stop_strings(script, text, stop, wanted):
+    pieces = list(script(text).stream("", stop=stop))
+    assert "".join(pieces) == wanted
+
+
+@given(text=st.text("ab🙂", max_size=30), stop=st.lists(st.text("ab🙂", min_size=1, max_size=4), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_any_stop_strings(text, stop):
+    """Cut where the first stop string is complete; nothing that belongs to it gets out before."""
+    model = make("gated", depth=1)
+    ids = TOKENIZER.encode(text)
+    model.tokens = lambda *args: iter(ids)
+    pieces = list(model.stream("", stop=stop))
+    joined = "".join(pieces)
+    # Token by token: the text so far, cut at the first stop string in it, if there is one.
+    wanted, stream, sofar = text, TOKENIZER.stream(), ""
+    for token in ids:
+        sofar += stream.push(token)
+        found = [at for at in (sofar.find(s) for s in stop) if at >= 0]
+        if found:
+            wanted = sofar[: min(found)]
+            break
+    assert joined == wanted
+
+
+def test_stop_strings_are_held_back(script):
+    seen = list(script("ab<|end").stream("", stop=["<|end|>"]))
+    assert "".join(seen[:-1]) == "ab"
+    assert seen[-1] == "<|end"
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_max_tokens(count):
+    model = make()
+    ids = [TOKENIZER.bos]
+    got = list(model.tokens(ids, count, Sampling(seed=3, temperature=1.0)))
+    assert len(got) <= count
+    longer = list(model.tokens(ids, 20, Sampling(seed=3, temperature=1.0)))
+    assert longer[:count] == got
+    assert len(longer) > 5
+    assert model.generate("", max_tokens=0) == ""
+
+
+def test_seed():
+    model = make()
+    one, two, three = (model.generate("def", max_tokens=30, seed=seed) for seed in (1, 1, 2))
+    assert one == two != three
+
+
+def test_a_prompt_longer_than_memory(monkeypatch):
+    model = make("mixed")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    prompt = "a b c d e f g h " * 1000
+    with pytest.raises(InputError) as error:
+        # At the call, before a piece is asked for.
+        model.stream(prompt)
+    for word in ("decode state", "1 MiB of memory", "Shorten the prompt", "max_shift"):
+        assert word in str(error.value)
+    with pytest.raises(InputError, match="ask for fewer tokens"):
+        model.generate("a", max_tokens=10**6)
+    # A bounded state is as large for any number of tokens.
+    make("gated, bounded").stream(prompt, max_tokens=10**6)
+    with pytest.raises(InputError, match="a smaller max_shift"):
+        make("gated", max_shift=10**6).stream(prompt, max_tokens=10**6)
+    make("mixed").stream("a", max_tokens=10)
+
+
+def test_impossible_requests():
+    model = make()
+    with pytest.raises(InputError, match="max_tokens must be 0 or more; got -1"):
+        model.stream("", max_tokens=-1)
+    with pytest.raises(InputError, match="empty string"):
+        model.stream("", stop=["a", ""])
+    with pytest.raises(InputError, match="top_p must be"):
+        model.stream("", top_p=2.0)
+    with pytest.raises(InputError, match="surrogate"):
+        model.stream("\ud800")
+    with pytest.raises(InputError, match=rf"tokenizer has {VOCAB} tokens, the model 50"):
+        TextModel(make_model("gated"), TOKENIZER)
+
+
+def test_one_stop_string_is_not_a_list_of_letters(script):
+    assert script("one two three").generate("", stop="two") == "one "
+
+
+def test_load(tmp_path):
+    model = make("mixed")
+    with whole_folder(tmp_path / "run/checkpoints/step-000003") as folder:
+        write_model(model.model, folder, bos=TOKENIZER.bos)
+        TOKENIZER.save(folder)
+    wanted = model.generate("def", max_tokens=20, seed=1)
+    assert load(tmp_path / "run", device="cpu").generate("def", max_tokens=20, seed=1) == wanted
+    assert load(str(tmp_path / "run")).config == model.config
+    (tmp_path / "run/checkpoints/step-000003/tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no readable tokenizer at .*tokenizer.json"):
+        load(tmp_path / "run")
