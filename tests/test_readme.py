@@ -1,5 +1,6 @@
 """What the README shows works: its Python blocks run and print what they say, its commands parse."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -63,3 +64,16 @@ def test_make_targets_exist(target):
 @pytest.mark.parametrize("link", LINKS)
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()
+
+
+def test_measured_claims_are_those_of_the_results():
+    results = ROOT / "benchmarks/results"
+    acceptance = json.loads((results / "op-cpu-xeon-2-cores-acceptance.json").read_text())
+    growth = json.loads((results / "op-cpu-xeon-2-cores.json").read_text())
+    rows = [
+        [f"{row['ratio']:{form}}" for row in found if row["pass"] == name]
+        for found, form in ((acceptance["cpu_over_reference"], ".1f"), (growth["cpu_time_per_token"], ".2f"))
+        for name in ("forward", "forward+backward")
+    ]
+    claimed = re.findall(r"^\| forward.*\| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert [list(row) for row in claimed] == rows

@@ -24,7 +24,7 @@ class OpOptions:
     """Mean shifts, in tokens."""
     repeats: int = 5
     """Timed calls of each; the median and the spread are given."""
-    limit_seconds: float = 2.0
+    limit_seconds: float = 3.0
     """Leave attention out where a call would take longer than this; the table says so."""
     plot: Path | None = None
     """Also draw the timings into this file (.svg, .png or .pdf)."""

@@ -161,6 +161,26 @@ def test_crop_beyond_rollback(kind):
     assert_close(model(tokens[:, :100], state=state), model(tokens[:, :100]))
 
 
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_every_crop_is_refused_or_right(kind):
+    model, tokens, state = MODELS[kind], make_tokens(1, 1300), MODELS[kind].new_state(rollback=3)
+    wanted = model(tokens)
+    in_chunks(model, tokens, [50] * 26, state)
+    refused = 0
+    for length in range(1, 1301):
+        fork = state.fork()
+        try:
+            fork.crop(length)
+        except InputError:
+            refused = length
+            continue
+        # All that is beyond the first one allowed is alike.
+        if length <= refused + 12 or length > 1290:
+            piece = tokens[:, length : length + 20]
+            assert_close(model(piece, state=fork), wanted[:, length : length + piece.shape[1]])
+    assert 0 < refused < 1297
+
+
 def test_impossible_crops_and_states():
     model = MODELS["gated"]
     state = model.new_state(2)
@@ -187,13 +207,16 @@ def test_packed_documents_in_a_state(kind):
     state = model.new_state()
     model(tokens[:, :110], state=state, first=starts[:, :110])
     assert_close(in_chunks(model, tokens[:, 110:], [1, 50, 1], state), wanted[:, 110:])
-    # Cropped into an earlier document, that one goes on.
-    state = model.new_state()
-    model(tokens[:, :105], state=state, first=starts[:, :105])
-    state.crop(99)
+    # Cropped into an earlier document, or to its end, that one goes on; a fork's crop is its own.
     more = make_tokens(1, 9)
-    wanted = model(torch.cat([tokens[:, 97:99], more], 1))[:, 2:]
-    assert_close(model(more, state=state), wanted)
+    for length, begin in ((99, 97), (97, 17)):
+        state = model.new_state()
+        model(tokens[:, :105], state=state, first=starts[:, :105])
+        fork = state.fork()
+        fork.crop(length)
+        text = torch.cat([tokens[:, begin:length], more], 1)
+        assert_close(model(more, state=fork), model(text)[:, -9:])
+        assert_close(model(tokens[:, 105:], state=state), wanted[:, 105:])
 
 
 @pytest.mark.parametrize("kind", ALL)
