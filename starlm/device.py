@@ -21,8 +21,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {name!r} is not on this machine ({torch.cuda.device_count()} GPUs that PyTorch can use). "
-            f"Use cpu, or install a PyTorch build for your GPU."
+            f"device {name!r} is not on this machine ({torch.cuda.device_count()} GPUs that PyTorch can use)."
+            f" Use cpu, or install a PyTorch build for your GPU."
         )
     return device
 

@@ -219,7 +219,7 @@ def test_a_model_that_is_not_there(home, refused, verb):
         (
             'layers = "A"',
             'layers = "ABC"',
-            ["model.layers must be", "D (Deformer) and A (attention)"],
+            ["model.layers must be", "D (Deformer), A (attention)"],
         ),
         ("context = 16", "context = 0", ["model.context must be at least 1", "got 0"]),
         ('"float32"', '"float8"', ["precision in bad.toml must be one of", "'float8'"]),

@@ -21,7 +21,7 @@ class StarLMConfig:
     layers: str = "D"
     """Pattern of layers, repeated to `depth` (e.g. DDDA): D a Deformer, A attention, W attention over a
     sliding window, C a gated short convolution."""
-    preset: Preset = "gated"
+    preset: Preset = "star"
     """Form of the Deformer layers."""
     kinds: tuple[str, ...] = ()
     """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., box.
@@ -70,7 +70,7 @@ class StarLMConfig:
         try:
             [order_of(kind) for kind in self.kinds]
         except InputError as error:
-            raise InputError(f"model.kinds must be kinds of heads. {error}") from None
+            raise InputError(f"model.kinds must be kinds of heads; got {self.kinds!r}. {error}") from None
         if self.width % self.num_heads:
             raise InputError(
                 f"model.heads must divide the width; got {self.num_heads} heads for width "

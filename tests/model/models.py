@@ -15,7 +15,7 @@ KINDS = {
     "value": {"preset": "value"},
     "gated": {"preset": "gated"},
     "attention": {"layers": "A"},
-    "mixed": {"layers": "DA"},
+    "mixed": {"layers": "DA", "preset": "gated"},
     "mixed product": {"layers": "AD", "preset": "product"},
     "star": STAR,
     "star product": {"preset": "product", "kinds": ("box", "4-gram", "now", "token"), "dim": 32, "heads": 4},
@@ -27,7 +27,7 @@ BOUNDED = {
     "product, bounded": {"preset": "product", "max_shift": 5},
     "value, bounded": {"preset": "value", "max_shift": 0},
     "gated, bounded": {"preset": "gated", "max_shift": 9, "shift_init": 3.0},
-    "mixed, bounded": {"layers": "DA", "max_shift": 5},
+    "mixed, bounded": {"layers": "DA", "preset": "gated", "max_shift": 5},
     "star, bounded": {**STAR, "max_shift": 6},
 }
 # Past 4096 tokens, cut where blocks of kernels begin, at both ends, and where bf16 cannot count on.
@@ -56,3 +56,9 @@ def in_precision(model, precision):
             return model(tokens)
 
     return run
+
+
+def make_changed(*shape):
+    """Tokens, and others that differ from them everywhere."""
+    tokens = make_tokens(*shape)
+    return tokens, (tokens + torch.randint(1, VOCAB, shape)) % VOCAB

@@ -133,7 +133,7 @@ def change(folder, edit):
         (lambda c: c.update(anchors=[1]), ["anchors", "Known keys"]),
         (lambda c: c.update(depth="2"), ["depth", "of type int"]),
         (lambda c: c.update(heads=3), ["model.heads must divide"]),
-        (lambda c: c.update(preset="star"), ["preset", "product, value, gated"]),
+        (lambda c: c.update(preset="moon"), ["preset", "product, value, gated"]),
     ],
 )
 def test_unknown_or_impossible_config(folder, edit, words):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import CUTS, LONG, in_precision, make_model, make_tokens
+from models import CUTS, LONG, in_precision, make_changed, make_model, make_tokens
 from relations import assert_causal, assert_close
 
 pytestmark = pytest.mark.compile
@@ -20,7 +20,7 @@ def _compile_anew():
 def test_causal(kind, precision):
     model = make_model(kind, dtype=torch.float32, depth=1)
     compiled = in_precision(torch.compile(model, fullgraph=True, dynamic=False), precision)
-    tokens, other = make_tokens(2, 1, LONG)
+    tokens, other = make_changed(1, LONG)
     assert_causal(compiled, tokens, other, CUTS)
     if precision == "float32":
         # In bf16 the compiler rounds less often than eager PyTorch does.
@@ -32,7 +32,7 @@ def test_causality_check_rejects_one_token_ahead():
     model = make_model("gated", dtype=torch.float32, depth=1)
     compiled = torch.compile(lambda tokens: model(tokens.roll(-1, 1)), fullgraph=True)
     with pytest.raises(AssertionError, match="knows its future"):
-        assert_causal(compiled, *make_tokens(2, 1, 64), cuts=[10])
+        assert_causal(compiled, *make_changed(1, 64), cuts=[10])
 
 
 @pytest.mark.parametrize("kind", ["gated", "mixed product"])

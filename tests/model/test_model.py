@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import BOUNDED, CUTS, KINDS, LONG, VOCAB, in_precision, make_model, make_tokens
+from models import BOUNDED, CUTS, KINDS, LONG, VOCAB, in_precision, make_changed, make_model, make_tokens
 from relations import assert_causal, assert_close
 
 from starlm.model.config import StarLMConfig
@@ -18,16 +18,16 @@ ALL = [*KINDS, *BOUNDED]
 @pytest.mark.parametrize("kind", ALL)
 def test_causal(kind, precision):
     run = in_precision(make_model(kind, dtype=torch.float32), precision)
-    tokens, other = make_tokens(2, 2, 64)
+    tokens, other = make_changed(2, 64)
     assert_causal(run, tokens, other, cuts=range(0, 63, 2))
-    tokens, other = make_tokens(2, 1, LONG)
+    tokens, other = make_changed(1, LONG)
     assert_causal(run, tokens, other, CUTS)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_causality_check_rejects_one_token_ahead(kind):
     model = make_model(kind, dtype=torch.float32)
-    tokens, other = make_tokens(2, 2, 64)
+    tokens, other = make_changed(2, 64)
 
     def looks_ahead(tokens):
         return model(torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1))
@@ -48,7 +48,7 @@ def test_causality_check_needs_random_weights():
     """A fresh model's logits are all zero: the check must not take that for causality."""
     model = StarLM(StarLMConfig(depth=1, dim=16, heads=2, vocab_size=VOCAB))
     with pytest.raises(AssertionError, match="the change was none"):
-        assert_causal(model, *make_tokens(2, 1, 20), cuts=[5])
+        assert_causal(model, *make_changed(1, 20), cuts=[5])
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -84,13 +84,15 @@ def test_packed_gradients_stay_in_their_document(kind):
     model.embedding.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad_()))
     loss = model(tokens, first=first)[:, 5:].sum()
     (grad,) = torch.autograd.grad(loss, seen[0])
-    assert grad[:, :5].eq(0).all()
+    # Box heads subtract sums that began before the document: what should cancel, cancels to fp64's rounding.
+    allowed = 1e-14 if "box" in model.config.head_kinds else 0
+    assert grad[:, :5].abs().max() <= allowed
     assert grad[:, 5:].ne(0).any(-1).all()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_definition(softcap):
-    model, tokens = make_model("mixed", softcap=softcap), make_tokens(2, 9)
+    model, tokens = make_model("mixed", softcap=softcap, preset="gated"), make_tokens(2, 9)
     x = rms(model.embedding.weight[tokens])
     for block in model.blocks:
         x = x + block.mixer(rms(x))
@@ -112,7 +114,7 @@ def test_start(kind):
     for name, weight in model.named_parameters():
         if name.endswith(("out.weight", "down.weight", "head.weight")):
             assert weight.eq(0).all(), name
-        elif name != "embedding.weight":
+        elif weight.ndim == 2 and not name.endswith(("embedding.weight", "taps")):
             fan_out, fan_in = weight.shape
             wanted = fan_in**-0.5 * min(1, (fan_out / fan_in) ** 0.5)
             assert weight.std().item() == pytest.approx(wanted, rel=0.05), name
