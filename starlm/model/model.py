@@ -27,7 +27,7 @@ class StarLM(nn.Module):
 
     def __init__(self, config: StarLMConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.orders = config, config.orders
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(_block(config, kind) for kind in config.layer_kinds)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -76,9 +76,9 @@ class StarLM(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after the last block, normalised."""
         origins = {}
-        if orders := self.config.orders:
-            found = anchors(tokens, orders, first=first) if state is None else state.anchors(tokens, first)
-            origins = dict(zip(orders, found.unbind(-1), strict=True))
+        if self.orders:
+            found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
+            origins = dict(zip(self.orders, found.unbind(-1), strict=True))
         x = rms(self.embedding(tokens))
         for index, block in enumerate(self.blocks):
             layer = None if state is None else state.layers[index]
@@ -109,7 +109,7 @@ class StarLM(nn.Module):
 
     def new_state(self, batch: int = 1, *, rollback: int = 64) -> DecodeState:
         """An empty decode state of `batch` sequences; see `DecodeState`."""
-        return DecodeState(len(self.blocks), batch, rollback=rollback, orders=self.config.orders)
+        return DecodeState(len(self.blocks), batch, rollback=rollback, orders=self.orders)
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes that a decode state of one sequence must hold after `num_tokens` tokens.
@@ -130,7 +130,7 @@ class StarLM(nn.Module):
         }
         rows = sum(of_layer[kind] for kind in config.layer_kinds)
         # Of the index a token, and for each n a link and two places in a table.
-        index = 4 + 12 * len(config.orders) if config.orders else 0
+        index = 4 + 12 * len(self.orders) if self.orders else 0
         return rows + index * num_tokens
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:

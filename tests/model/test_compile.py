@@ -16,7 +16,7 @@ def _compile_anew():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("kind", ["product", "value", "gated", "attention"])
+@pytest.mark.parametrize("kind", ["product", "value", "gated", "star", "attention"])
 def test_causal(kind, precision):
     model = make_model(kind, dtype=torch.float32, depth=1)
     compiled = in_precision(torch.compile(model, fullgraph=True, dynamic=False), precision)
@@ -35,7 +35,7 @@ def test_causality_check_rejects_one_token_ahead():
         assert_causal(compiled, *make_changed(1, 64), cuts=[10])
 
 
-@pytest.mark.parametrize("kind", ["gated", "mixed product"])
+@pytest.mark.parametrize("kind", ["star mixed", "mixed product"])
 def test_training_step(kind):
     """Loss and gradients with packed documents, for changing lengths."""
     model = make_model(kind, dtype=torch.float32)
