@@ -6,9 +6,9 @@ from typing import Any
 DEMO: dict[str, Any] = {
     "model": {"depth": 4, "context": 256, "vocab_size": 4096},
     "batch_tokens": 4096,
-    "steps": 300,
-    "eval_every": 50,
-    "save_every": 50,
+    "steps": 240,
+    "eval_every": 60,
+    "save_every": 60,
 }
 
 TRAIN: dict[str, dict[str, Any]] = {
