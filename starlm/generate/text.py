@@ -51,6 +51,10 @@ class TextModel:
     ) -> Iterator[str]:
         """The continuation of `prompt`, in pieces of whole characters, as they come.
 
+        Blanks at the end of a prompt belong to the next token (" x" is one token), so the model is asked to
+        continue from before them with tokens that begin with them; otherwise "def " would be a text such as
+        it never saw.
+
         Args:
             prompt: text that the model continues; may be empty.
             max_tokens: at most this many new tokens.
@@ -66,16 +70,19 @@ class TextModel:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
             raise InputError("stop must not contain an empty string.")
-        tokens = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+        bare = prompt.rstrip(" \t")
+        tokens = [self.tokenizer.bos, *self.tokenizer.encode(bare)]
         self._check_memory(len(tokens) + max_tokens)
-        return self._pieces(tokens, max_tokens, stop, options)
+        return self._pieces(tokens, prompt[len(bare) :], max_tokens, stop, options)
 
     def _pieces(
-        self, tokens: list[int], max_tokens: int, stop: tuple[str, ...], sampling: Sampling
+        self, tokens: list[int], blanks: str, max_tokens: int, stop: tuple[str, ...], sampling: Sampling
     ) -> Iterator[str]:
-        text, held = self.tokenizer.stream(), ""
-        for token in self.tokens(tokens, max_tokens, sampling):
-            held += text.push(token)
+        text, held, given = self.tokenizer.stream(), "", len(blanks)
+        for token in self.tokens(tokens, max_tokens, sampling, begin=blanks.encode()):
+            new = text.push(token)
+            held += new[given:]
+            given = max(given - len(new), 0)
             found = min((at for at in (held.find(s) for s in stop) if at >= 0), default=-1)
             if found >= 0:
                 yield held[:found]
@@ -97,8 +104,14 @@ class TextModel:
         assert logits is not None
         return logits[0, -1]
 
-    def tokens(self, tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """New token ids that continue `tokens`, until the document ends or `max_tokens` are there."""
+    def tokens(
+        self, tokens: Sequence[int], max_tokens: int, sampling: Sampling, *, begin: bytes = b""
+    ) -> Iterator[int]:
+        """New token ids that continue `tokens`, until the document ends or `max_tokens` are there.
+
+        Args:
+            begin: bytes that the new text must begin with.
+        """
         history = list(tokens)
         if not max_tokens:
             return
@@ -106,14 +119,22 @@ class TextModel:
         state = self.model.new_state(rollback=0)
         logits = self.read(history, state)
         for count in range(max_tokens):
+            if begin:
+                logits = logits.masked_fill(~self._fits(begin).to(logits.device), -torch.inf)
             seen = torch.tensor(history, device=logits.device) if sampling.repetition_penalty != 1 else None
             token = choose(logits, sampling, generator, seen)
             if token == self.tokenizer.bos:
                 return
             yield token
+            begin = begin[len(self.tokenizer.token_bytes(token)) :]
             history.append(token)
             if count + 1 < max_tokens:
                 logits = self.read([token], state)
+
+    def _fits(self, begin: bytes) -> torch.Tensor:
+        """Tokens with which a text that begins with `begin` can begin: bool [V]."""
+        pieces = map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))
+        return torch.tensor([bool(p) and (p.startswith(begin) or begin.startswith(p)) for p in pieces])
 
     def _check_memory(self, num_tokens: int) -> None:
         # The buffers double when they are full, old and new together for a moment: three times the rows.

@@ -75,15 +75,21 @@ class StarLM(nn.Module):
         state: DecodeState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after the last block, normalised."""
-        origins = {}
-        if self.orders:
-            found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
-            origins = dict(zip(self.orders, found.unbind(-1), strict=True))
+        origins = self._origins(tokens, first, state)
         x = rms(self.embedding(tokens))
         for index, block in enumerate(self.blocks):
             layer = None if state is None else state.layers[index]
             x = block(x, first=first, origins=origins, state=layer)
         return rms(x)
+
+    def _origins(
+        self, tokens: Tensor, first: Tensor | None, state: DecodeState | None
+    ) -> dict[int, Int[Tensor, "B T"]]:
+        """What anchored heads measure from, once for all layers: for each n, `anchors` of the tokens."""
+        if not self.orders:
+            return {}
+        found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
+        return dict(zip(self.orders, found.unbind(-1), strict=True))
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """softcap * tanh(head(hidden) / softcap), in fp32 at the least."""

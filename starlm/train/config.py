@@ -66,7 +66,7 @@ class TrainConfig:
     """Validation tokens; 0 takes all."""
     sample_every: int = 0
     """Steps between printed samples; 0 only samples at the end."""
-    sample_prompts: tuple[str, ...] = ("def ", "class ", "import ")
+    sample_prompts: tuple[str, ...] = ("def ", "class ", "    if ")
     """Prompts of the samples."""
     save_every: int = 250
     """Steps between checkpoints; 0 only saves at the end."""

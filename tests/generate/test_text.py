@@ -33,7 +33,7 @@ def script(monkeypatch):
         model = make()
         ids = TOKENIZER.encode(what) if isinstance(what, str) else list(what)
 
-        def tokens(prompt, max_tokens, sampling):
+        def tokens(prompt, max_tokens, sampling, begin):
             for token in ids[:max_tokens]:
                 if token == TOKENIZER.bos:
                     return
@@ -49,7 +49,7 @@ def script(monkeypatch):
 def test_greedy_text_is_argmax_of_full_forwards(kind, monkeypatch):
     """Whatever the chunks in which the prompt is read."""
     model = make(kind)
-    prompt = "def add(a, b): return 12 + " * 3
+    prompt = ("def add(a, b): return 12 + " * 3).rstrip()
     ids = [TOKENIZER.bos, *TOKENIZER.encode(prompt)]
     wanted = list(ids)
     for _ in range(30):
@@ -130,7 +130,7 @@ def test_any_stop_strings(text, stop):
     """Cut where the first stop string is complete; nothing that belongs to it gets out before."""
     model = make("gated", depth=1)
     ids = TOKENIZER.encode(text)
-    model.tokens = lambda *args: iter(ids)
+    model.tokens = lambda *args, **named: iter(ids)
     pieces = list(model.stream("", stop=stop))
     joined = "".join(pieces)
     # Token by token: the text so far, cut at the first stop string in it, if there is one.
@@ -215,3 +215,29 @@ def test_load(tmp_path):
     (tmp_path / "run/checkpoints/step-000003/tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no readable tokenizer at .*tokenizer.json"):
         load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "    ", "\t ", "  " * 9])
+def test_blanks_at_the_end_of_a_prompt_belong_to_the_next_token(blanks):
+    """What is generated, with the blanks that were given, is what follows the bare prompt."""
+    model = make("gated")
+    got = model.generate("def" + blanks, max_tokens=20, temperature=0)
+    asked = [TOKENIZER.bos, *TOKENIZER.encode("def")]
+    ids = list(model.tokens(asked, 20, Sampling(temperature=0), begin=blanks.encode()))
+    assert TOKENIZER.decode(ids) == blanks + got
+    # Each token is the likeliest of those that fit what is still to come.
+    left = blanks.encode()
+    for number in ids:
+        with torch.no_grad():
+            logits = model.model(torch.tensor([asked]))[0, -1]
+        for other in logits.argsort(descending=True).tolist():
+            piece = TOKENIZER.token_bytes(other)
+            if not left or (piece and (piece.startswith(left) or left.startswith(piece))):
+                break
+        assert other == number
+        left = left[len(TOKENIZER.token_bytes(number)) :]
+        asked.append(number)
+
+
+def test_a_prompt_of_blanks_only():
+    assert isinstance(make("gated").generate("   ", max_tokens=5, temperature=0), str)
