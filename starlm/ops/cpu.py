@@ -23,6 +23,8 @@ SERIAL_ELEMENTS = 1 << 15
 # Stands in for infinite shifts: beyond any row number below 2^30, exact in fp32, and `origin - FAR - 1`
 # stays inside int32.
 FAR = np.float32(2.0**30)
+# Elements of at most a cache line, and how many rows ahead `_warm` touches.
+LINE, AHEAD = 16, 4
 
 _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 _i32 = np.int32
@@ -83,15 +85,30 @@ def _locate(shift, origin, start, last, rows, fraction):
 
 
 @_jit
+def _warm(source, row):
+    """Touch each cache line of a row a few rows before it is read.
+
+    Far shifts read a row's lines in no order, which no hardware prefetcher follows; in order, and once, they
+    come at the speed of memory. The result is only there so that the compiler does not leave the reads out.
+    """
+    seen = source[row, 0]
+    for c in range(0, source.shape[1], LINE):
+        seen = max(seen, source[row, c])
+    return seen
+
+
+@_jit
 def _forward(values, shift, heads, origin, first, past, out, rows, fraction, query0, query1):
     """Fill queries query0 .. query1 of the B * T in `out`; `rows` and `fraction` are scratch."""
     _, length, width = shift.shape
     channels = width // heads
+    seen = values[0, 0, 0]
     for query in range(query0, query1):
         b, t = query // length, query % length
         last = _i32(past[b] + t)
         start = _i32(first[b, t])
         source = values[b]
+        seen = max(seen, _warm(source, min(last + AHEAD, source.shape[0] - 1)))
         for h in range(heads):
             o = last if origin is None else _i32(origin[b, t, h])
             left, right = h * channels, (h + 1) * channels
@@ -105,6 +122,7 @@ def _forward(values, shift, heads, origin, first, past, out, rows, fraction, que
                 i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
                 v = _widen(source[i, column])
                 _store(target, c, v + fraction[c] * (_widen(source[j, column]) - v))
+    return seen
 
 
 @_jit
@@ -114,12 +132,14 @@ def _backward(
     """Add to `dvalues` and fill `dshift` for parts part0 .. part1 of the B * groups (batch, heads) pairs."""
     _, length, width = shift.shape
     channels = width // heads
+    seen = values[0, 0, 0]
     for part in range(part0, part1):
         b, group = part // groups, part % groups
         source, dsource = values[b], dvalues[b]
         for t in range(length):
             last = _i32(past[b] + t)
             start = _i32(first[b, t])
+            seen = max(seen, _warm(source, min(last + AHEAD, source.shape[0] - 1)))
             for h in range(heads * group // groups, heads * (group + 1) // groups):
                 o = last if origin is None else _i32(origin[b, t, h])
                 left, right = h * channels, (h + 1) * channels
@@ -136,6 +156,7 @@ def _backward(
                     further = dy * fraction[c]
                     dsource[i, column] += dy - further
                     dsource[j, column] += further
+    return seen
 
 
 def forward(
