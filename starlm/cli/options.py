@@ -1,7 +1,7 @@
 """Options of a verb: defaults < preset < TOML file < command line, resolved in one place for all verbs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -59,7 +59,11 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
     if config is not None:
         options = _overlay(verb, options, read_toml(Path(config)), config)
-    options = _overlay(verb, options, {}, "the command line", given=_names(argv))
+    names = _names(argv)
+    if config is not None and names <= {field.name for field in fields(Shared)} | {"config", "preset", "debug"}:
+        # Nothing can come to mend what the file says, so the error may name it.
+        from_dict(verb.options, to_dict(options), where=config)
+    options = _overlay(verb, options, {}, "the command line", given=names)
     shared = _shared(verb)
     parser: Any = make_dataclass(
         "Parser", [("options", _unprefixed(verb.options)), ("shared", _unprefixed(shared))], kw_only=True
@@ -81,14 +85,14 @@ def _shared(verb: Verb) -> Any:
     if verb.presets:
         names = "{" + ",".join(verb.presets) + "}"
         preset = Annotated[str | None, tyro.conf.arg(metavar=names, help=_PRESET)]
-    fields = [
+    shared = [
         ("preset", preset, None),
         ("config", Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml", help=_CONFIG)], None),
         ("dry_run", _flag("Print the resolved configuration and run nothing."), False),
         ("json", _flag("Put one JSON object on the last line of stdout; other text goes to stderr."), False),
         ("debug", _flag("Print the traceback of an error."), False),
     ]
-    return make_dataclass("Shared", fields, kw_only=True)
+    return make_dataclass("Shared", shared, kw_only=True)
 
 
 _PRESET = "Named settings; a TOML file and the command line take precedence."
