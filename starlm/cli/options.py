@@ -1,7 +1,7 @@
 """Options of a verb: defaults < preset < TOML file < command line, resolved in one place for all verbs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -60,7 +60,7 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
     if config is not None:
         options = _overlay(verb, options, read_toml(Path(config)), config)
     names = _names(argv)
-    if config is not None and names <= {field.name for field in fields(Shared)} | {"config", "preset", "debug"}:
+    if config is not None and names <= {"config", "preset", "dry_run", "json", "debug"}:
         # Nothing can come to mend what the file says, so the error may name it.
         from_dict(verb.options, to_dict(options), where=config)
     options = _overlay(verb, options, {}, "the command line", given=names)
