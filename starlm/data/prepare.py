@@ -134,7 +134,7 @@ def prepare(
             for (name, document), ids in zip(batch, tokens.encode_batch(texts), strict=True):
                 writers[name].add(ids, len(document.text.encode("utf-8")))
             done += len(batch)
-            report("encode", done, plan.count)
+            report("encode", done, max(plan.count, len(SPLITS)))
         tokens.save(folder / FILE)
         meta = {
             "format": FORMAT,
