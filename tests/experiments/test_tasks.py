@@ -1,0 +1,73 @@
+"""The synthetic tasks are what their papers say; where a model's loss lies is counted right."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import needle, recall
+from experiments.measure import by_position_and_recall
+from experiments.mqar import VOCAB, examples
+from starlm.data.shards import Split
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(64, 4), (256, 64)])
+def test_mqar(length, pairs):
+    inputs, labels = examples(300, length, pairs, seed=0)
+    slots = []
+    for tokens, wanted in zip(inputs, labels, strict=True):
+        keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert ((keys > 0) & (keys < VOCAB // 2)).all()
+        assert ((values >= VOCAB // 2) & (values < VOCAB)).all()
+        asked = np.flatnonzero(wanted >= 0)
+        assert len(asked) == pairs
+        assert (asked >= 2 * pairs).all()
+        assert (asked % 2 == 0).all()
+        value_of = dict(zip(keys, values, strict=True))
+        assert all(wanted[at] == value_of[tokens[at]] for at in asked)
+        rest = np.delete(tokens[2 * pairs :], asked - 2 * pairs)
+        assert (rest == 0).all()
+        slots.append(int(asked[0] - 2 * pairs) // 2)
+    # Early slots are likelier, as i^-0.99 has it.
+    if pairs == 4:
+        assert 0.5 < np.mean(np.array(slots) == 0) < 0.9
+
+
+def test_induction_and_copy():
+    tokens, labels = recall.induction(np.random.default_rng(0), 50, 40)
+    for row, wanted in zip(tokens, labels, strict=True):
+        at = (row == 1).nonzero().flatten().tolist()
+        assert len(at) == 2
+        assert at[1] == 39
+        assert wanted[-1] == row[at[0] + 1]
+        assert (wanted[:-1] == -1).all()
+    tokens, labels = recall.copy(np.random.default_rng(0), 3, 40)
+    assert (tokens[:, 20] == 1).all()
+    assert torch.equal(labels[:, 20:], tokens[:, :20])
+    assert torch.equal(tokens[:, 21:], tokens[:, :19])
+
+
+def test_needle():
+    stream = np.arange(100) % 7
+    tokens, answers = needle.with_facts(stream, np.random.default_rng(0), 64, 7, 5)
+    keys = tokens[-5:]
+    for key, answer in zip(keys, answers, strict=True):
+        first, last = np.flatnonzero(tokens == key)
+        assert tokens[first + 1] == answer
+        assert last >= 59
+    for depth, place in ((0.0, 0), (1.0, 60)):
+        tokens, _ = needle.with_facts(stream, np.random.default_rng(0), 64, 7, 1, depth)
+        assert tokens[place] == tokens[-1] >= 7
+
+
+def test_loss_by_position_and_recall():
+    """An untrained model's loss is ln V everywhere; recall tokens are counted by hand."""
+    split = Split.from_documents([[0, 5, 6, 5, 6, 5, 7], [0, 5, 6, 8]])
+    model = StarLM(StarLMConfig(vocab_size=10, depth=1, context=4))
+    found = by_position_and_recall(model, split, 100)
+    losses = [*found["by_position"].values(), found["recall"], found["other"]]
+    assert losses == pytest.approx([np.log(10)] * len(losses), abs=1e-4)
+    # Inputs 0565 | 6570 | 568, eleven targets; only the first row's last one completes a bigram again.
+    assert found["recall_share"] == pytest.approx(1 / 11, abs=1e-4)
