@@ -56,9 +56,8 @@ def test_a_run_killed_twenty_times_ends_as_one_left_alone(config, tmp_path):
     """Killed by SIGKILL at starting up, between steps and in the midst of saving."""
     settings = {}
     for name in ("alone", "killed"):
-        # Attention alone, whose kernels need no seconds to load.
         chosen = config(
-            out=tmp_path / name, steps=STEPS, save_every=1, eval_every=7, model__layers="A", model__depth=1
+            out=tmp_path / name, steps=STEPS, save_every=1, eval_every=7, model__preset="star", model__depth=1
         )
         settings[name] = tmp_path / f"{name}.toml"
         settings[name].write_text(to_toml(chosen))
