@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -134,7 +135,7 @@ class _Pace:
         return True
 
 
-class _Training:
+class _Training(ABC):
     """What records mean; the subclasses decide how it looks."""
 
     def __init__(self) -> None:
@@ -144,8 +145,9 @@ class _Training:
     def __call__(self, record: Record) -> None:
         getattr(self, f"on_{record['kind']}", lambda record: None)(record)
 
+    @abstractmethod
     def line(self, text: str) -> None:
-        raise NotImplementedError
+        """Show a line of text."""
 
     def on_plan(self, record: Record) -> None:
         self.steps, self.start = record["steps"], record["start_step"]
