@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from experiments.measure import by_position_and_recall
-from experiments.variants import VARIANTS
+from experiments.variants import SHIFTS, VARIANTS, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.files import write_whole
-from starlm.generate.text import load
+from starlm.model.checkpoint import load_tensors
 from starlm.model.config import StarLMConfig
 from starlm.train.config import OptimConfig, TrainConfig
 from starlm.train.loop import train
@@ -42,7 +42,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         data=data,
         out=WORK / key,
         model=StarLMConfig(
-            vocab_size=vocab, depth=args.depth, dim=args.width, context=args.length, **VARIANTS[name]
+            vocab_size=vocab, depth=args.depth, dim=args.width, context=args.length, **settings(name)
         ),
         optim=OptimConfig(matrix_lr=rate),
         batch_tokens=args.batch,
@@ -65,10 +65,11 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
             curve.append((record["step"], round(record["loss"], 4)))
             print(f"{key}: step {record['step']} loss {record['loss']:.4f}", flush=True)
 
-    end = train(config, on_record=note)
-    model = load(config.out, device="cpu").model
+    build = builder(name)
+    end = train(config, on_record=note, build=build)
+    model = build(config.model).eval()
+    model.load_state_dict(load_tensors(Path(end["checkpoint"]) / "model.safetensors"))
     split = by_position_and_recall(model, TokenData.open(data).splits["validation"], EVAL_TOKENS)
-    parts = config.model.num_parameters
     record = {
         "variant": name,
         "corpus": args.corpus,
@@ -79,7 +80,10 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         "tokens": end["tokens"],
         "matrix_lr": rate,
         "seed": seed,
-        "parameters": parts,
+        "parameters": {
+            "blocks": sum(p.numel() for p in model.blocks.parameters()),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
         "loss": end["loss"],
         "bits_per_byte": end["bits_per_byte"],
         "tokens_per_second_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
@@ -96,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("variants", nargs="+", choices=[*VARIANTS, *(f"{v}+{s}" for v in ("gated", "star") for s in SHIFTS)])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=6)

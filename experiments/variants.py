@@ -1,7 +1,17 @@
-"""The models that are compared: what differs between them, as settings of `StarLMConfig`."""
+"""The models that are compared: what differs between them."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+from starlm.nn.deformer import Deformer
+from starlm.nn.mlp import MLP
+
+# As settings of `StarLMConfig`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "transformer": {"layers": "A"},
     "product": {"preset": "product"},
@@ -11,8 +21,67 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchors": {"preset": "gated", "kinds": ("now", "token", "now", "bigram")},
     "boxes": {"preset": "gated", "kinds": ("now", "token", "box", "bigram")},
     "star": {"preset": "star"},
+    "star-longest": {
+        "preset": "star",
+        "kinds": ("now", "token", "box", "longest", "now", "bigram", "box", "trigram"),
+    },
     "conv": {"layers": "C"},
     "star-conv": {"preset": "star", "layers": "CDD"},
     "star-W": {"preset": "star", "layers": "DDW", "attention_window": 64},
     "star-A": {"preset": "star", "layers": "DDA"},
+    "star-A1": {"preset": "star", "layers": "DDDADD"},
+    "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
 }
+# A variant and one of these, as in gated+static: what becomes of its predicted shifts.
+SHIFTS = ("frozen", "static")
+
+
+class Static(nn.Module):
+    """One shift per channel, the same for every token, starting where predicted shifts are spread."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shift of every token of x [B, T, D]."""
+        return self.bias.expand_as(x)
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a variant, with or without a word about its shifts."""
+    return VARIANTS[name.partition("+")[0]]
+
+
+def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
+    """What makes the variant's model.
+
+    frozen: the shift projections stay as they start. static: a learned constant per channel takes their place,
+    and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
+    """
+    shifts = name.partition("+")[2]
+
+    def build(config: StarLMConfig) -> StarLM:
+        model = StarLM(config)
+        for block in model.blocks:
+            layer = block.mixer
+            if not shifts or not isinstance(layer, Deformer):
+                continue
+            if shifts == "frozen":
+                layer.shift.requires_grad_(False)
+            else:
+                start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
+                layer.shift = Static(start + torch.randn(layer.dim))
+                block.mlp = _wider(config)
+        return model
+
+    return build
+
+
+def _wider(config: StarLMConfig) -> MLP:
+    mlp = MLP(config.width, config.mlp_ratio)
+    hidden = config.mlp_ratio * config.width + config.width // 2
+    mlp.up = nn.Linear(config.width, hidden, bias=False)
+    mlp.down = nn.Linear(hidden, config.width, bias=False)
+    mlp.reset_parameters()
+    return mlp

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from starlm.errors import InputError
-from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
+from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, lookups, order_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class StarLMConfig:
     preset: Preset = "star"
     """Form of the Deformer layers."""
     kinds: tuple[str, ...] = ()
-    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., box.
+    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., longest, box.
     Empty for the preset's own: mixed for star, now for the others."""
     mlp_ratio: int = 4
     """Hidden width of the relu² MLP over D; 0 leaves the MLP out."""
@@ -104,10 +104,8 @@ class StarLMConfig:
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Every n for which some head is anchored to n-grams, rising."""
-        if "D" not in self.layer_kinds:
-            return ()
-        return tuple(sorted({n for kind in self.head_kinds if (n := order_of(kind))}))
+        """Every n for which n-grams are looked up, rising."""
+        return lookups(self.head_kinds) if "D" in self.layer_kinds else ()
 
     @property
     def layer_kinds(self) -> str:

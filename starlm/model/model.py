@@ -11,9 +11,10 @@ from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
+from starlm.nn.heads import LONGEST
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
-from starlm.ops import anchors
+from starlm.ops import anchors, longest
 
 
 class StarLM(nn.Module):
@@ -89,7 +90,10 @@ class StarLM(nn.Module):
         if not self.orders:
             return {}
         found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
-        return dict(zip(self.orders, found.unbind(-1), strict=True))
+        origins = dict(zip(self.orders, found.unbind(-1), strict=True))
+        if "longest" in self.config.head_kinds:
+            origins[LONGEST] = longest(origins)
+        return origins
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """softcap * tanh(head(hidden) / softcap), in fp32 at the least."""

@@ -73,7 +73,7 @@ class Deformer(nn.Module):
             raise InputError(f"Deformer has the presets {', '.join(PRESETS)}; got {preset!r}.")
         self.dim, self.heads, self.preset = dim, heads, preset
         self.kinds = kinds_of_heads(preset, kinds, heads)
-        self.orders = [n for kind in self.kinds if (n := order_of(kind))]
+        self.orders = [n for kind in self.kinds if (n := order_of(kind)) is not None]
         self.max_shift, self.shift_init, self.window = max_shift, shift_init, window
         near, boxes = self.kinds.count("now"), self.kinds.count("box")
         spans = {
@@ -139,7 +139,7 @@ class Deformer(nn.Module):
             x: normalised residual stream.
             first: first row that each token may read (absolute, when there is a state); default 0.
             origins: for each n of the anchored heads, the row that shift 0 reads: `starlm.ops.anchors` of the
-                token ids.
+                token ids; for `longest` heads, at 0, `starlm.ops.longest` of them.
             state: rows of earlier tokens; x continues them, and its rows are appended.
 
         Raises:

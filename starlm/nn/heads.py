@@ -3,6 +3,7 @@
 now                    reads a predicted distance behind the query
 token, bigram, trigram reads around the row behind the last occurrence of the last 1, 2, 3 tokens; any
                        n from 4 on is written 4-gram, 5-gram, ...
+longest                the same for the largest n, up to 8, that has occurred before
 box                    reads the mean over a predicted window that ends at the query
 """
 
@@ -16,11 +17,13 @@ Preset = Literal["product", "value", "gated", "star"]
 PRESETS: tuple[Preset, ...] = ("product", "value", "gated", "star")
 # Kinds of the heads of preset `star`, repeated over the heads of a layer.
 STAR = ("now", "token", "box", "bigram", "now", "token", "box", "trigram")
-_ORDERS = {"token": 1, "bigram": 2, "trigram": 3}
+# What stands for n in heads at the longest match, and the longest n that they look for.
+LONGEST, MATCH = 0, 8
+_ORDERS = {"longest": LONGEST, "token": 1, "bigram": 2, "trigram": 3}
 
 
 def order_of(kind: str) -> int | None:
-    """n of an anchored kind; None for `now` and `box`.
+    """n of an anchored kind, 0 for `longest`; None for `now` and `box`.
 
     Raises:
         InputError: no such kind.
@@ -30,7 +33,7 @@ def order_of(kind: str) -> int | None:
     match = re.fullmatch(r"([4-9]|[1-9]\d)-gram", kind)
     if kind in _ORDERS or match:
         return _ORDERS[kind] if match is None else int(match[1])
-    raise InputError(f"A head is one of now, token, bigram, trigram, 4-gram ..., box; got {kind!r}.")
+    raise InputError(f"A head is one of now, token, bigram, trigram, 4-gram ..., longest, box; got {kind!r}.")
 
 
 def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[str, ...]:
@@ -44,4 +47,12 @@ def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[st
     """
     pattern = tuple(kinds) or (STAR if preset == "star" else ("now",))
     chosen = [pattern[head % len(pattern)] for head in range(heads)]
-    return tuple(sorted(chosen, key=lambda kind: (kind == "box", order_of(kind) or 0)))
+    return tuple(sorted(chosen, key=lambda kind: (kind == "box", kind != "now", order_of(kind) or 0)))
+
+
+def lookups(kinds: Sequence[str]) -> tuple[int, ...]:
+    """Every n whose n-grams have to be looked up for heads of these kinds, rising."""
+    orders = {n for kind in kinds if (n := order_of(kind)) is not None}
+    if LONGEST in orders:
+        orders = orders - {LONGEST} | set(range(1, MATCH + 1))
+    return tuple(sorted(orders))

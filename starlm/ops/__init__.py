@@ -1,6 +1,6 @@
 """The operator `deform`: definition, fused kernels, registration. Imports torch, nothing above."""
 
-from starlm.ops.anchors import anchors
+from starlm.ops.anchors import anchors, longest
 from starlm.ops.deform import Backend, deform
 
-__all__ = ["Backend", "anchors", "deform"]
+__all__ = ["Backend", "anchors", "deform", "longest"]

@@ -6,7 +6,7 @@ Exact, linear in T. On a CPU one hash index per sequence (`starlm.ops.ngrams`), 
 elsewhere one stable sort per n, without a host synchronisation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -40,6 +40,23 @@ def anchors(
     if not orders or min(orders) < 1:
         raise InputError(f"anchors needs orders of 1 or more; got {list(orders)}.")
     return _anchors(tokens, list(orders), first)
+
+
+def longest(origins: Mapping[int, Int[Tensor, "B T"]]) -> Int[Tensor, "B T"]:
+    """Of the anchors for several n, that of the largest n which has one: the row behind the longest match.
+
+    Args:
+        origins: for each n, `anchors` of the same tokens.
+
+    Example:
+        >>> found = anchors(torch.tensor([[5, 6, 7, 6, 5, 6]]), [1, 2])
+        >>> longest(dict(zip([1, 2], found.unbind(-1)))).tolist()
+        [[-1, -1, -1, 2, 1, 2]]
+    """
+    found, *longer = (origins[n] for n in sorted(origins))
+    for rows in longer:
+        found = torch.where(rows >= 0, rows, found)
+    return found
 
 
 @torch.library.custom_op("starlm::anchors", mutates_args=())

@@ -23,6 +23,7 @@ from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.generate.text import TextModel
+from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import TrainConfig
 from starlm.train.optim import Optimizers
@@ -37,12 +38,18 @@ class Interrupted(StarLMError):
     exit_code = 130
 
 
-def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = lambda record: None) -> dict:
+def train(
+    config: TrainConfig,
+    *,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+    build: Callable[[StarLMConfig], StarLM] = StarLM,
+) -> dict:
     """Train until the horizon; go on where `config.out` was, if it holds a run.
 
     Args:
         on_record: called with every record of metrics.jsonl as it is written. Kinds: plan, step, validation,
             sample, checkpoint, end.
+        build: makes the model, for experiments that change more than the config can say.
 
     Returns:
         The last record, of kind "end": steps, tokens, seconds, loss, bits_per_byte, checkpoint.
@@ -74,7 +81,7 @@ def train(config: TrainConfig, *, on_record: Callable[[dict[str, Any]], None] = 
 
     # 2. Model, optimizers, and what the last checkpoint remembers of them.
     torch.manual_seed(config.seed)
-    model = StarLM(config.model).to(device)
+    model = build(config.model).to(device)
     optimizers = Optimizers(model, config.optim)
     before = {"seconds": 0.0, "data": training.fingerprint}
     if start:

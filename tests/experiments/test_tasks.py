@@ -7,6 +7,7 @@ import torch
 from experiments import needle, recall
 from experiments.measure import by_position_and_recall
 from experiments.mqar import VOCAB, examples
+from experiments.variants import builder, settings
 from starlm.data.shards import Split
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -71,3 +72,20 @@ def test_loss_by_position_and_recall():
     assert losses == pytest.approx([np.log(10)] * len(losses), abs=1e-4)
     # Inputs 0565 | 6570 | 568, eleven targets; only the first row's last one completes a bigram again.
     assert found["recall_share"] == pytest.approx(1 / 11, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gated", "star"])
+def test_shifts_of_variants(name):
+    """Equal parameters but for biases; frozen shifts get no gradient, static ones are the same everywhere."""
+    config = StarLMConfig(vocab_size=50, depth=2, dim=64, heads=8, **settings(name))
+    models = {shifts: builder(f"{name}{shifts}")(config) for shifts in ("", "+frozen", "+static")}
+    sizes = {shifts: sum(p.numel() for p in model.parameters()) for shifts, model in models.items()}
+    assert sizes[""] == sizes["+frozen"]
+    assert abs(sizes["+static"] - sizes[""]) <= 2 * 64
+    assert not models["+frozen"].blocks[0].mixer.shift.weight.requires_grad
+    x = torch.randn(1, 5, 64)
+    shift = models["+static"].blocks[1].mixer.shift(x)
+    assert torch.equal(shift, shift[:, :1].expand_as(shift))
+    for model in models.values():
+        tokens = torch.randint(50, (2, 12))
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()

@@ -19,6 +19,7 @@ KINDS = {
     "mixed product": {"layers": "AD", "preset": "product"},
     "star": STAR,
     "star product": {"preset": "product", "kinds": ("box", "4-gram", "now", "token"), "dim": 32, "heads": 4},
+    "star, longest match": {**STAR, "kinds": ("now", "longest", "box", "bigram")},
     "window": {"layers": "W", "attention_window": 4},
     "convolution": {"layers": "C"},
     "star mixed": {**STAR, "layers": "DWC", "depth": 3, "attention_window": 7},

@@ -6,7 +6,7 @@ from relations import assert_causal, assert_close, randomise
 
 from starlm.errors import InputError
 from starlm.nn.deformer import Deformer
-from starlm.nn.heads import STAR, kinds_of_heads, order_of
+from starlm.nn.heads import STAR, kinds_of_heads, lookups, order_of
 from starlm.ops import anchors
 from starlm.ops.reference import deform_reference
 
@@ -98,6 +98,11 @@ def test_order_of_the_names():
     assert kinds_of_heads("star", (), 8) == tuple(
         sorted(STAR, key=lambda kind: ("now", "token", "bigram", "trigram", "box").index(kind))
     )
+    assert order_of("longest") == 0
+    assert lookups(("now", "trigram", "box", "token")) == (1, 3)
+    assert lookups(("longest", "12-gram")) == (1, 2, 3, 4, 5, 6, 7, 8, 12)
+    assert lookups(("now", "box")) == ()
+    assert kinds_of_heads("star", ("box", "token", "longest", "now"), 4) == ("now", "longest", "token", "box")
     assert kinds_of_heads("gated", (), 3) == ("now",) * 3
     assert kinds_of_heads("gated", ("box", "now"), 5) == ("now", "now", "box", "box", "box")
 

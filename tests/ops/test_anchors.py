@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from starlm.errors import InputError
-from starlm.ops import anchors, ngrams
+from starlm.ops import anchors, longest, ngrams
 from starlm.ops.anchors import anchors_reference
 from starlm.ops.ngrams import NgramIndex
 
@@ -152,3 +152,21 @@ def test_library_registration():
 def test_impossible_orders(orders):
     with pytest.raises(InputError, match="orders of 1 or more"):
         anchors(torch.zeros(1, 3, dtype=torch.int64), orders)
+
+
+@given(length=st.integers(1, 60), vocab=st.integers(1, 3), packed=st.booleans(), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_longest_is_the_last_of_the_longest_matches(length, vocab, packed, seed):
+    torch.manual_seed(seed)
+    tokens = torch.randint(vocab, (1, length))
+    first = documents(1, length) if packed else torch.zeros(1, length, dtype=torch.long)
+    orders = range(1, 5)
+    got = longest(dict(zip(orders, anchors(tokens, list(orders), first=first).unbind(-1), strict=True)))
+    for t in range(length):
+        text = tokens[0, first[0, t] : t + 1].tolist()
+        wanted = -1
+        for n in orders:
+            for end in range(n, len(text)):
+                if text[end - n : end] == text[len(text) - n :]:
+                    wanted = end + int(first[0, t])
+        assert got[0, t] == wanted
