@@ -100,7 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variants", nargs="+", choices=[*VARIANTS, *(f"{v}+{s}" for v in ("gated", "star") for s in SHIFTS)])
+    parser.add_argument(
+        "variants", nargs="+", choices=[*VARIANTS, *(f"{v}+{s}" for v in ("gated", "star") for s in SHIFTS)]
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=6)

@@ -14,6 +14,7 @@ from starlm.nn.mlp import MLP
 # As settings of `StarLMConfig`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "transformer": {"layers": "A"},
+    "transformer-nope": {"layers": "A", "rope_base": 0.0},
     "product": {"preset": "product"},
     "value": {"preset": "value"},
     "gated": {"preset": "gated"},

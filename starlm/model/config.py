@@ -39,7 +39,7 @@ class StarLMConfig:
     attention_window: int = 128
     """Rows that a query sees in W layers."""
     rope_base: float = 10000.0
-    """Base of the rotary position frequencies in attention layers."""
+    """Base of the rotary position frequencies in attention layers; 0 leaves positions out."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, rule: str, name: str) -> None:
@@ -65,7 +65,11 @@ class StarLMConfig:
             "shift_init",
         )
         require(0 <= self.softcap < float("inf"), "0 (off), or positive and finite", "softcap")
-        require(1 < self.rope_base < float("inf"), "above 1 and finite", "rope_base")
+        require(
+            self.rope_base == 0 or 1 < self.rope_base < float("inf"),
+            "0 (no positions), or above 1 and finite",
+            "rope_base",
+        )
         require(self.attention_window >= 1, "at least 1", "attention_window")
         try:
             [order_of(kind) for kind in self.kinds]

@@ -20,7 +20,7 @@ class Attention(nn.Module):
         """Args:
         dim: width D.
         heads: H; D = H * C, C even.
-        rope_base: base of the rotary frequencies.
+        rope_base: base of the rotary frequencies; 0 leaves positions out.
         window: rows that a query sees, its own among them; None is all. Then cost is linear in T, and
             decoding keeps this many rows.
         """
@@ -53,7 +53,9 @@ class Attention(nn.Module):
         position = past[:, None] + torch.arange(length, device=x.device)
         # Positions count from the document's start, so a packed document sees what it would see alone.
         rotary = position if first is None else (position - first).clamp(min=0)
-        q, k = (_rotate(rms(heads), rotary, self.rope_base) for heads in (q, k))
+        q, k = rms(q), rms(k)
+        if self.rope_base:
+            q, k = (_rotate(heads, rotary, self.rope_base) for heads in (q, k))
         if state is None and self.window is not None and self.window < length:
             y = _windowed(q, k, v, first, self.window)
             return self.out(y.flatten(-2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import needle, recall
+from experiments import needle, synthetic
 from experiments.measure import by_position_and_recall
 from experiments.mqar import VOCAB, examples
 from experiments.variants import builder, settings
@@ -37,17 +37,31 @@ def test_mqar(length, pairs):
 
 
 def test_induction_and_copy():
-    tokens, labels = recall.induction(np.random.default_rng(0), 50, 40)
+    tokens, labels = synthetic.induction(np.random.default_rng(0), 50, 40)
     for row, wanted in zip(tokens, labels, strict=True):
         at = (row == 1).nonzero().flatten().tolist()
         assert len(at) == 2
         assert at[1] == 39
         assert wanted[-1] == row[at[0] + 1]
         assert (wanted[:-1] == -1).all()
-    tokens, labels = recall.copy(np.random.default_rng(0), 3, 40)
+    tokens, labels = synthetic.copy(np.random.default_rng(0), 3, 40)
     assert (tokens[:, 20] == 1).all()
     assert torch.equal(labels[:, 20:], tokens[:, :20])
     assert torch.equal(tokens[:, 21:], tokens[:, :19])
+
+
+def test_order():
+    rng = np.random.default_rng(0)
+    tokens, labels = synthetic.TASKS["lag-4"](rng, 3, 20)
+    assert (labels[:, :4] == -1).all()
+    assert torch.equal(labels[:, 4:], tokens[:, :-4])
+    tokens, labels = synthetic.TASKS["token-lag-4"](rng, 3, 20)
+    for row in range(3):
+        for t in range(20):
+            at = t - 1 - int(tokens[row, t]) % 4
+            assert labels[row, t] == (tokens[row, at] if at >= 0 else -1)
+    _, labels = synthetic.TASKS["absolute"](rng, 2, 512)
+    assert labels[0, [0, 31, 32, 255, 256, 511]].tolist() == [0, 0, 1, 7, 7, 7]
 
 
 def test_needle():

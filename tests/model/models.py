@@ -15,6 +15,7 @@ KINDS = {
     "value": {"preset": "value"},
     "gated": {"preset": "gated"},
     "attention": {"layers": "A"},
+    "attention, no positions": {"layers": "A", "rope_base": 0.0},
     "mixed": {"layers": "DA", "preset": "gated"},
     "mixed product": {"layers": "AD", "preset": "product"},
     "star": STAR,

@@ -1,16 +1,20 @@
-"""Recall at lengths that were never trained: induction and copying, trained at 256, tested to 65,536.
+"""Recall and order at lengths that were never trained: trained at 256, tested to 65,536.
 
-    python -m experiments.recall star --task induction
-    python -m experiments.recall star --task copy
+    python -m experiments.synthetic star --task induction
+    python -m experiments.synthetic gated --task lag-16 --lengths 256 1024
 
 induction: random tokens; one token that occurs nowhere else is followed by its answer once, and comes again
 as the last one. copy: random tokens, a separator, and the same tokens again. Answers of tests are read
 through the decode state, in chunks, so memory stays small at every length.
+
+lag-N: the token N positions back. token-lag-N: as far back as the token itself says, 1 to N. absolute: in which
+of 8 equal parts of the trained length a position lies.
 """
 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +28,9 @@ from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
 
-RESULTS = Path(__file__).parent / "results" / "recall"
+RESULTS = Path(__file__).parent / "results" / "synthetic"
 VOCAB, TRAINED, CHUNK = 512, 256, 4096
-LENGTHS = (256, 1024, 4096, 16384, 65536)
+LENGTHS = [256, 1024, 4096, 16384, 65536]
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -51,7 +55,29 @@ def copy(rng: np.random.Generator, rows: int, length: int) -> Rows:
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-TASKS = {"induction": induction, "copy": copy}
+def lag(rng: np.random.Generator, rows: int, length: int, *, reach: int, of_token: bool) -> Rows:
+    """The label is the token `reach` back, or, where the token is to say how far, 1 + token mod reach."""
+    tokens = rng.integers(0, VOCAB, (rows, length))
+    at = np.arange(length)[None] - (1 + tokens % reach if of_token else reach)
+    labels = np.where(at >= 0, np.take_along_axis(tokens, np.maximum(at, 0), axis=1), -1)
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+def absolute(rng: np.random.Generator, rows: int, length: int) -> Rows:
+    """The label is the eighth of the trained length that the position lies in."""
+    tokens = rng.integers(0, VOCAB, (rows, length))
+    labels = np.broadcast_to(np.minimum(np.arange(length) * 8 // TRAINED, 7), tokens.shape)
+    return torch.from_numpy(tokens), torch.from_numpy(labels.copy())
+
+
+REACHES = (1, 4, 16, 64)
+TASKS = {
+    "induction": induction,
+    "copy": copy,
+    "absolute": absolute,
+    **{f"lag-{n}": partial(lag, reach=n, of_token=False) for n in REACHES},
+    **{f"token-lag-{n}": partial(lag, reach=n, of_token=True) for n in REACHES},
+}
 
 
 @torch.inference_mode()
@@ -75,18 +101,22 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--heads", type=int, default=0, help="0: as the width has it")
+    parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    path = RESULTS / f"{args.task}-{args.variant}-w{args.width}-seed{args.seed}.json"
+    heads = f"-h{args.heads}" if args.heads else ""
+    path = RESULTS / f"{args.task}-{args.variant}-w{args.width}{heads}-lr{args.rate}-seed{args.seed}.json"
     if path.is_file():
         return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng, task = np.random.default_rng(args.seed), TASKS[args.task]
-    options = {**VARIANTS[args.variant], "depth": 2, "dim": args.width}
+    options = {**VARIANTS[args.variant], "depth": 2, "dim": args.width, "heads": args.heads}
     model = StarLM(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
-    optimizers = Optimizers(model, OptimConfig())
+    optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate))
     seen, steps, began = 0.0, 0, time.perf_counter()
     for step in range(args.steps):
         tokens, labels = task(rng, 32, TRAINED)
@@ -100,7 +130,7 @@ def main() -> None:
             if seen == 1.0:
                 break
     by_length = {}
-    for length in LENGTHS:
+    for length in args.lengths:
         rows = max(4, min(100, 2**19 // length))
         by_length[length] = accuracy(model, *task(np.random.default_rng(2), rows, length))
         print(f"{path.stem}: {steps} updates, length {length}: {by_length[length]:.4f}", flush=True)
@@ -108,6 +138,8 @@ def main() -> None:
         "task": args.task,
         "variant": args.variant,
         "width": args.width,
+        "heads": model.config.num_heads,
+        "matrix_lr": args.rate,
         "seed": args.seed,
         "updates": steps,
         "seconds": round(time.perf_counter() - began, 1),
