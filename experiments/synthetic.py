@@ -7,8 +7,8 @@ induction: random tokens; one token that occurs nowhere else is followed by its 
 as the last one. copy: random tokens, a separator, and the same tokens again. Answers of tests are read
 through the decode state, in chunks, so memory stays small at every length.
 
-lag-N: the token N positions back. token-lag-N: as far back as the token itself says, 1 to N. absolute: in which
-of 8 equal parts of the trained length a position lies.
+lag-N: the token N positions back. token-lag-N: as far back as the token itself says, 1 to N. absolute: in
+which of 8 equal parts of the trained length a position lies.
 """
 
 import argparse

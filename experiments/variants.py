@@ -57,8 +57,8 @@ def settings(name: str) -> dict[str, Any]:
 def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
     """What makes the variant's model.
 
-    frozen: the shift projections stay as they start. static: a learned constant per channel takes their place,
-    and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
+    frozen: the shift projections stay as they start. static: a learned constant per channel takes their
+    place, and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
     """
     shifts = name.partition("+")[2]
 

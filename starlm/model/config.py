@@ -24,8 +24,8 @@ class StarLMConfig:
     preset: Preset = "star"
     """Form of the Deformer layers."""
     kinds: tuple[str, ...] = ()
-    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ..., longest, box.
-    Empty for the preset's own: mixed for star, now for the others."""
+    """Kinds of the Deformer heads, repeated over the heads: now, token, bigram, trigram, 4-gram ...,
+    longest, box. Empty for the preset's own: mixed for star, now for the others."""
     mlp_ratio: int = 4
     """Hidden width of the relu² MLP over D; 0 leaves the MLP out."""
     context: int = 512
