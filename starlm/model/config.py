@@ -17,7 +17,8 @@ class StarLMConfig:
     dim: int = 0
     """Width D of the residual stream; 0 means 64 * depth."""
     heads: int = 0
-    """Heads per layer; 0 means one per 32 channels up to width 512, one per 64 beyond."""
+    """Heads per layer; 0 means one per 32 channels up to width 512, one per 64 beyond, and 8 at the least, so
+    that star has each of its kinds."""
     layers: str = "D"
     """Pattern of layers, repeated to `depth` (e.g. DDDA): D a Deformer, A attention, W attention over a
     sliding window, C a gated short convolution."""
@@ -94,7 +95,7 @@ class StarLMConfig:
     @property
     def num_heads(self) -> int:
         """Heads H per layer."""
-        return self.heads or max(1, self.width // (32 if self.width <= 512 else 64))
+        return self.heads or max(8, self.width // (32 if self.width <= 512 else 64))
 
     @property
     def head_dim(self) -> int:

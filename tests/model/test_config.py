@@ -94,7 +94,7 @@ def test_depth_is_a_dial(depth):
         config = StarLMConfig(depth=depth, layers=layers)
         assert config.width == 64 * depth
         assert config.num_heads * config.head_dim == config.width
-        assert config.head_dim == (32 if depth <= 8 else 64)
+        assert config.num_heads == (8 if depth <= 4 else 2 * depth if depth <= 8 else depth)
         assert len(config.layer_kinds) == depth
 
 
