@@ -2,10 +2,159 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from starlm.errors import InputError
 
 PLOTS = (".svg", ".png", ".pdf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """What tables of peers over sizes have in common."""
+
+    repeats: int = 5
+    """Timed calls of each; the median and the spread are given."""
+    limit_seconds: float = 60.0
+    """Leave attention out where a call would take longer than this; the table says so."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations."""
+    plot: Path | None = None
+    """Also draw the timings into this file (.svg, .png or .pdf)."""
+
+    def __post_init__(self) -> None:
+        self._require(self.repeats >= 1, "at least 1", "repeats")
+        self._require(self.limit_seconds >= 0, "0 or more", "limit_seconds")
+        check_plot(self.plot)
+
+    def _require(self, ok: bool, rule: str, name: str) -> None:
+        if not ok:
+            raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of the table's rows."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The sizes that all rows share."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(GridOptions):
+    """Sizes of the layers' benchmark."""
+
+    batch_tokens: int = 32768
+    """Tokens per call, at every length."""
+    lengths: tuple[int, ...] = (256, 1024, 8192, 32768)
+    """Tokens per row; each must divide batch_tokens."""
+    dim: int = 768
+    """Width D."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = f"divisors of batch_tokens ({self.batch_tokens})"
+        fits = all(n >= 1 and self.batch_tokens % n == 0 for n in self.lengths)
+        self._require(bool(self.lengths) and fits, rule, "lengths")
+        self._require(self.dim >= 16 and self.dim % 16 == 0, "a multiple of 16", "dim")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens per row."""
+        return self.lengths
+
+    def describe(self) -> str:
+        """The sizes that all rows share."""
+        return f"{self.batch_tokens:,} tokens a call, D = {self.dim}, {self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchOptions(GridOptions):
+    """Sizes of the benchmark of training steps."""
+
+    repeats: int = 3
+    """Timed steps of each; the median and the spread are given."""
+    batch_tokens: int = 8192
+    """Tokens per step; one row where a row is longer."""
+    lengths: tuple[int, ...] = (1024, 8192)
+    """Tokens per row."""
+    dim: int = 768
+    """Width D."""
+    depth: int = 6
+    """Layers."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(bool(self.lengths) and min(self.lengths) >= 1, "1 or more", "lengths")
+        self._require(self.dim >= 16 and self.dim % 16 == 0, "a multiple of 16", "dim")
+        self._require(self.depth >= 1, "at least 1", "depth")
+        self._require(self.batch_tokens >= 1, "at least 1", "batch_tokens")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens per row."""
+        return self.lengths
+
+    def rows(self, length: int) -> int:
+        """Rows of a step."""
+        return max(1, self.batch_tokens // length)
+
+    def describe(self) -> str:
+        """The sizes that all rows share."""
+        return (
+            f"{self.batch_tokens:,} tokens a step, {self.depth} layers, D = {self.dim}, V = "
+            f"{self.vocab_size}, {self.dtype}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(GridOptions):
+    """Sizes of the benchmark of generation."""
+
+    repeats: int = 5
+    """Rounds; in each, every model decodes `tokens` tokens."""
+    contexts: tuple[int, ...] = (1000, 10_000, 100_000)
+    """Tokens that have been read before."""
+    tokens: int = 16
+    """Tokens decoded in a round."""
+    dim: int = 256
+    """Width D."""
+    depth: int = 6
+    """Layers."""
+    vocab_size: int = 4096
+    """Tokens in the vocabulary."""
+    max_shift: int = 512
+    """Reach of the bounded model, whose memory is constant."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(bool(self.contexts) and min(self.contexts) >= 1, "1 or more", "contexts")
+        self._require(self.dim >= 16 and self.dim % 16 == 0, "a multiple of 16", "dim")
+        self._require(self.depth >= 1, "at least 1", "depth")
+        self._require(self.tokens >= 1, "at least 1", "tokens")
+        self._require(self.max_shift >= 0, "0 or more", "max_shift")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of context."""
+        return self.contexts
+
+    def describe(self) -> str:
+        """The sizes that all rows share."""
+        return f"{self.depth} layers, D = {self.dim}, V = {self.vocab_size}, {self.dtype}, one stream"
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raise InputError if a chart cannot be written there."""
+    if plot is None:
+        return
+    if plot.suffix not in PLOTS:
+        raise InputError(f"plot must be a file that ends in {', '.join(PLOTS)}; got {plot}.")
+    if not plot.parent.is_dir():
+        raise InputError(f"plot must be in a folder that exists; got {plot}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +196,4 @@ class OpOptions:
         require(bool(self.shifts) and all(0 < s < 1e6 for s in self.shifts), "above 0, below 1e6", "shifts")
         require(self.repeats >= 1, "at least 1", "repeats")
         require(self.limit_seconds >= 0, "0 or more", "limit_seconds")
-        if self.plot is not None:
-            require(self.plot.suffix in PLOTS, f"a file that ends in {', '.join(PLOTS)}", "plot")
-            require(self.plot.parent.is_dir(), "in a folder that exists", "plot")
+        check_plot(self.plot)

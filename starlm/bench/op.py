@@ -9,17 +9,18 @@ two such tensors takes, which moves as many bytes as the forward pass must. Noth
 kernels and the compiled reference have given the reference's result on the very inputs.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from starlm.bench.config import OpOptions
+from starlm.bench.grid import command, load
 from starlm.bench.timing import Timing, interleave
 from starlm.errors import StarLMError
 from starlm.ops import deform
@@ -29,6 +30,8 @@ Pass = Literal["forward", "both"]
 PASSES: tuple[Pass, ...] = ("forward", "both")
 NAMES = {"forward": "forward", "both": "forward+backward"}
 REFERENCE, COMPILED, CPU, ATTENTION, MEMORY = "reference", "compiled", "cpu", "attention", "memory limit"
+COLORS = {REFERENCE: "#9333ea", COMPILED: "#ea580c", CPU: "#2563eb", ATTENTION: "#dc2626", MEMORY: "#777777"}
+STYLES = ("-", "--", ":", "-.")
 # Mean of softplus(x), x standard normal: the shifts of a layer that has just been initialised.
 SOFTPLUS_MEAN = 0.8059
 # The length that longer ones, and claims, are compared at.
@@ -88,12 +91,12 @@ def main(options: OpOptions, machine: dict[str, str]) -> dict[str, Any]:
     Raises:
         StarLMError: the cpu kernels or the compiled reference compute something else than the reference.
     """
-    began, load = time.perf_counter(), _load()
+    began, before = time.perf_counter(), load()
     heads = options.dim // options.channels
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(
         f"{options.batch_tokens:,} tokens a call, D = {options.dim} ({heads} x {options.channels}), float32, "
-        f"{torch.get_num_threads()} threads, {options.repeats} rounds, load {load}\n"
+        f"{torch.get_num_threads()} threads, {options.repeats} rounds, load {before}\n"
         "ns per token: median (interquartile range over median); x: times as fast as the reference; "
         "memory: share of the memory limit\n"
     )
@@ -108,15 +111,13 @@ def main(options: OpOptions, machine: dict[str, str]) -> dict[str, Any]:
     summary = {"cpu_over_reference": _faster(options, timings), "cpu_time_per_token": _growth(options)}
     print("\n" + "\n".join(_say(summary)))
     if options.plot is not None:
-        from starlm.bench.plot import draw
-
-        draw(options.plot, {cell: _ns(timing, options) for cell, timing in timings.items()})
+        _draw(options.plot, {cell: _ns(timing, options) for cell, timing in timings.items()})
         print(f"\n{options.plot}")
     return {
-        "command": _command(options),
+        "command": command("op", options),
         "machine": machine,
         "threads": torch.get_num_threads(),
-        "load": {"before": load, "after": _load()},
+        "load": {"before": before, "after": load()},
         "options": {name: value for name, value in vars(options).items() if name != "plot"},
         "heads": heads,
         "dtype": "float32",
@@ -341,19 +342,21 @@ def _say(summary: dict[str, Any]) -> Iterable[str]:
         )
 
 
-def _command(options: OpOptions) -> str:
-    """The command line that measures the same."""
-    words = ["starlm bench op"]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value != field.default and field.name != "plot":
-            words += [
-                f"--{field.name.replace('_', '-')}",
-                *map(str, value if isinstance(value, tuple) else [value]),
-            ]
-    return " ".join(words)
+def _draw(path: Path, ns_per_token: Mapping[Cell, float]) -> None:
+    from starlm.bench.plot import Line, draw
 
-
-def _load() -> str:
-    """Load averages; what else ran on the machine."""
-    return " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    shifts = list(dict.fromkeys(cell.shift for cell in ns_per_token if cell.shift is not None))
+    panels: dict[str, list[Line]] = {NAMES[kind]: [] for kind in PASSES}
+    for peer, color in COLORS.items():
+        for shift in (*shifts, None):
+            for kind in PASSES:
+                points = [
+                    (cell.length, ns)
+                    for cell, ns in ns_per_token.items()
+                    if (cell.peer, cell.shift, cell.kind) == (peer, shift, kind)
+                ]
+                label = peer if shift is None else f"{peer}, mean shift {shift:g}"
+                style = ":" if shift is None else STYLES[shifts.index(shift) % len(STYLES)]
+                if points:
+                    panels[NAMES[kind]].append(Line(label=label, points=points, color=color, style=style))
+    draw(path, panels, xlabel="T", ylabel="ns per token")

@@ -1,46 +1,51 @@
-"""The operator's table as a chart: time per token over length, both axes logarithmic."""
+"""Tables as charts: one line per peer, both axes logarithmic."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from starlm.bench.op import ATTENTION, COMPILED, CPU, MEMORY, NAMES, PASSES, REFERENCE, Cell
 from starlm.files import readable_os_errors
 
-_COLORS = {REFERENCE: "#9333ea", COMPILED: "#ea580c", CPU: "#2563eb", ATTENTION: "#dc2626", MEMORY: "#777777"}
-_STYLES = ("-", "--", ":", "-.")
+_COLORS = ("#2563eb", "#dc2626", "#ea580c", "#9333ea", "#16a34a", "#777777", "#0891b2")
 
 
-def draw(path: Path, ns_per_token: Mapping[Cell, float]) -> None:
-    """Write the chart to `path`; its suffix decides the format.
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a chart."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    color: str = ""
+    """Default: the next of a fixed list."""
+    style: str = "-"
+
+
+def draw(path: Path, panels: Mapping[str, Sequence[Line]], *, xlabel: str, ylabel: str) -> None:
+    """Write a chart with one panel per title to `path`; its suffix decides the format.
 
     Raises:
         InputError: the place cannot be written.
     """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(PASSES), sharey=True)
-    shifts = list(dict.fromkeys(cell.shift for cell in ns_per_token if cell.shift is not None))
-    for axes, kind in zip(panels, PASSES, strict=True):
-        lines: dict[tuple[str, float | None], list[tuple[int, float]]] = {}
-        for cell, ns in ns_per_token.items():
-            if cell.kind == kind:
-                lines.setdefault((cell.peer, cell.shift), []).append((cell.length, ns))
-        for (peer, shift), points in sorted(lines.items(), key=lambda line: list(_COLORS).index(line[0][0])):
+    figure = Figure(figsize=(1.5 + 4.25 * len(panels), 4.4), layout="constrained")
+    found = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(found, panels.items(), strict=True):
+        for number, line in enumerate(lines):
             axes.plot(
-                *zip(*sorted(points), strict=True),
-                color=_COLORS[peer],
-                linestyle=":" if shift is None else _STYLES[shifts.index(shift) % len(_STYLES)],
+                *zip(*sorted(line.points), strict=True),
+                color=line.color or _COLORS[number % len(_COLORS)],
+                linestyle=line.style,
                 marker="o",
                 markersize=3.5,
-                label=peer if shift is None else f"{peer}, mean shift {shift:g}",
+                label=line.label,
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_title(NAMES[kind])
-        axes.set_xlabel("T")
+        axes.set_title(title)
+        axes.set_xlabel(xlabel)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("ns per token")
-    panels[0].legend(fontsize=7)
+    found[0].set_ylabel(ylabel)
+    found[0].legend(fontsize=7)
     with readable_os_errors(path):
         figure.savefig(path)

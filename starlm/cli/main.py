@@ -29,6 +29,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("starlm.cli.eval", "measure a model: bits per byte on held-out text"),
     "generate": ("starlm.cli.generate", "continue a prompt"),
     "bench op": ("starlm.cli.bench", "time the operator beside its peers"),
+    "bench layer": ("starlm.cli.bench", "time one layer beside attention, convolution and Mamba-2"),
+    "bench train": ("starlm.cli.bench", "time training steps of whole models"),
+    "bench decode": ("starlm.cli.bench", "time generation behind a long context"),
     "report": ("starlm.cli.report", "a page with curves, samples and settings of one or several runs"),
     "doctor": ("starlm.cli.doctor", "what this machine has, and what is missing"),
 }

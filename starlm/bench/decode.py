@@ -1,0 +1,84 @@
+"""Generation with a long context behind it: time per token, bytes of state per token, beside attention.
+
+    starlm bench decode
+    starlm bench decode --contexts 1000 --depth 12 --dim 768 --vocab-size 16384
+
+The limit is the time that the machine takes to read the weights once: their bytes over the bandwidth that
+summing a tensor of the same size reaches, measured in the same rounds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from starlm.bench.config import DecodeOptions
+from starlm.bench.grid import Grid, Peer, run
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+
+LIMIT, CHUNK = "weights read once", 2048
+
+
+def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
+    """Print the table; everything that was measured, for JSON."""
+    settings: dict[str, dict[str, Any]] = {
+        "star": {"preset": "star"},
+        "gated": {"preset": "gated"},
+        f"gated, {options.max_shift} back": {"preset": "gated", "max_shift": options.max_shift},
+        "attention": {"layers": "A"},
+    }
+    models = {name: _model(chosen, options) for name, chosen in settings.items()}
+    state_bytes: dict[str, dict[int, int]] = {name: {} for name in models}
+
+    def decoder(name: str, context: int) -> Callable[[], Any]:
+        model = models[name]
+        state = model.new_state()
+        tokens = torch.randint(options.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            for piece in tokens.split(CHUNK, 1):
+                model(piece, state=state, last_only=True)
+        state_bytes[name][context] = state.num_bytes
+        steps = tokens[:, : options.tokens].expand(1, -1)
+
+        @torch.inference_mode()
+        def decode() -> None:
+            for number in range(options.tokens):
+                model(steps[:, number % context : number % context + 1], state=state)
+
+        return decode
+
+    weights = torch.cat([p.detach().flatten() for n, p in models["star"].named_parameters() if _read(n)])
+
+    def limit(_: int) -> Callable[[], Any]:
+        return lambda: [weights.sum() for _ in range(options.tokens)]
+
+    peers = {LIMIT: Peer(make=limit)}
+    for name in models:
+        peers[name] = Peer(
+            make=lambda context, name=name: decoder(name, context), growing=name == "attention"
+        )
+    grid = Grid(
+        axis="context",
+        unit="ms per token",
+        value=lambda seconds, _: seconds / options.tokens * 1e3,
+        baseline=LIMIT,
+    )
+    result = run("decode", grid, peers, options, machine)
+    print(f"\n{weights.nbytes / 2**20:.0f} MiB of weights are read for each token. Decode state, MiB:")
+    for name, sizes in state_bytes.items():
+        print(f"{name:>24}  " + "  ".join(f"{n:,}: {size / 2**20:.2f}" for n, size in sizes.items()))
+    return {**result, "weight_bytes": weights.nbytes, "state_bytes": state_bytes}
+
+
+def _read(name: str) -> bool:
+    """Whether decoding a token reads all of this weight; of the embedding it reads one row."""
+    return not name.startswith("embedding")
+
+
+def _model(settings: dict[str, Any], options: DecodeOptions) -> StarLM:
+    torch.manual_seed(0)
+    model = StarLM(
+        StarLMConfig(vocab_size=options.vocab_size, depth=options.depth, dim=options.dim, **settings)
+    )
+    return model.to(getattr(torch, options.dtype)).eval()

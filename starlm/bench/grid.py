@@ -1,0 +1,151 @@
+"""A table of peers over sizes: each size measured round by round, printed as it comes, kept for JSON."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from starlm.bench.config import GridOptions
+from starlm.bench.timing import Timing, interleave
+
+Make = Callable[[int], Callable[[], Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One column of the table."""
+
+    make: Make
+    """From a size to a call; the call is made once untimed."""
+    growing: bool = False
+    """Its cost per token grows with the size, so that it may have to be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a table says."""
+
+    axis: str
+    """What the sizes are."""
+    unit: str
+    value: Callable[[float, int], float]
+    """From the seconds of a call and its size to the figure in the table."""
+    baseline: str
+    """The peer that the others are compared with: so many times its seconds."""
+
+
+def run(
+    verb: str, grid: Grid, peers: Mapping[str, Peer], options: GridOptions, machine: dict[str, str]
+) -> dict[str, Any]:
+    """Measure and print the table, and draw it if `options.plot` says where; everything for JSON.
+
+    Args:
+        verb: as in `starlm bench layer`.
+        peers: in the order of the columns.
+        machine: hardware and versions.
+    """
+    began, before = time.perf_counter(), load()
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    print(
+        f"{options.describe()}, {torch.get_num_threads()} threads, {options.repeats} rounds, load {before}\n"
+        f"{grid.unit}: median (interquartile range over median); x: seconds over those of {grid.baseline}\n"
+    )
+    print(_row(grid.axis, *peers), flush=True)
+    timings: dict[tuple[str, int], Timing] = {}
+    skipped: dict[tuple[str, int], str] = {}
+    for size in sorted(options.sizes):
+        calls = {}
+        for name, peer in peers.items():
+            seconds = _predict(name, size, timings) if peer.growing else 0.0
+            if seconds > options.limit_seconds:
+                skipped[name, size] = (
+                    f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
+                )
+                continue
+            calls[name, size] = peer.make(size)
+            calls[name, size]()
+        timings |= interleave(calls, options.repeats)
+        print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
+    print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
+    if options.plot is not None:
+        from starlm.bench.plot import Line, draw
+
+        points = {
+            name: [
+                (size, grid.value(timings[name, size].median, size))
+                for size in sorted(options.sizes)
+                if (name, size) in timings
+            ]
+            for name in peers
+        }
+        lines = [Line(label=name, points=found) for name, found in points.items() if found]
+        draw(options.plot, {f"starlm bench {verb}": lines}, xlabel=grid.axis, ylabel=grid.unit)
+        print(f"\n{options.plot}")
+    return {
+        "command": command(verb, options),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "load": {"before": before, "after": load()},
+        "options": {name: value for name, value in vars(options).items() if name != "plot"},
+        "axis": grid.axis,
+        "unit": grid.unit,
+        "baseline": grid.baseline,
+        "cells": [
+            {
+                "peer": name,
+                "size": size,
+                "value": grid.value(timing.median, size),
+                "over_baseline": _ratio(name, size, grid, timings),
+                "spread": timing.spread,
+                "seconds": timing.seconds,
+            }
+            for (name, size), timing in timings.items()
+        ],
+        "skipped": [{"peer": name, "size": size, "why": why} for (name, size), why in skipped.items()],
+        "took_seconds": time.perf_counter() - began,
+    }
+
+
+def _predict(name: str, size: int, timings: Mapping[tuple[str, int], Timing]) -> float:
+    """Seconds of a call, from the next smaller size, at a constant number of tokens: its cost grows as T."""
+    known = {s: timing for (peer, s), timing in timings.items() if peer == name}
+    return known[max(known)].median * size / max(known) if known else 0.0
+
+
+def _ratio(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], Timing]) -> float | None:
+    baseline = timings.get((grid.baseline, size))
+    return timings[name, size].median / baseline.median if baseline else None
+
+
+def _figure(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], Timing]) -> str:
+    timing = timings.get((name, size))
+    if timing is None:
+        return "skipped"
+    ratio = _ratio(name, size, grid, timings)
+    times = "" if ratio is None or name == grid.baseline else f" {ratio:.2f}x"
+    return f"{grid.value(timing.median, size):,.4g} ({timing.spread:.0%}){times}"
+
+
+def _row(*cells: str) -> str:
+    return f"{cells[0]:>9}" + "".join(f"{cell:>24}" for cell in cells[1:])
+
+
+def command(verb: str, options: Any) -> str:
+    """The command line that measures the same."""
+    words = [f"starlm bench {verb}"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default and field.name != "plot":
+            words += [
+                f"--{field.name.replace('_', '-')}",
+                *map(str, value if isinstance(value, Sequence) and not isinstance(value, str) else [value]),
+            ]
+    return " ".join(words)
+
+
+def load() -> str:
+    """Load averages; what else ran on the machine."""
+    return " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"

@@ -1,0 +1,62 @@
+"""Training steps of whole models, side by side: loss, gradients, optimizers; tokens per second.
+
+starlm bench train
+starlm bench train --lengths 1024 8192 32768 --repeats 1 --limit-seconds 600
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from starlm.bench.config import TrainBenchOptions
+from starlm.bench.grid import Grid, Peer, run
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+from starlm.train.config import OptimConfig
+from starlm.train.optim import Optimizers
+
+TRANSFORMER = "transformer"
+MODELS: dict[str, dict[str, Any]] = {
+    TRANSFORMER: {"layers": "A"},
+    "star": {"preset": "star"},
+    "gated": {"preset": "gated"},
+    "short convolution": {"layers": "C"},
+}
+
+
+def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
+    """Print the table; everything that was measured, for JSON."""
+    grid = Grid(
+        axis="T",
+        unit="tokens per second",
+        value=lambda seconds, length: options.rows(length) * length / seconds,
+        baseline=TRANSFORMER,
+    )
+    peers = {
+        name: Peer(
+            make=lambda length, settings=settings: _step(settings, options, length),
+            growing=name == TRANSFORMER,
+        )
+        for name, settings in MODELS.items()
+    }
+    return run("train", grid, peers, options, machine)
+
+
+def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    config = StarLMConfig(
+        vocab_size=options.vocab_size, depth=options.depth, dim=options.dim, context=length, **settings
+    )
+    model = StarLM(config)
+    optimizers = Optimizers(model, OptimConfig())
+    tokens = torch.randint(options.vocab_size, (options.rows(length), length + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            loss = model.loss(inputs, targets)
+        loss.backward()
+        optimizers.step(0, 1)
+
+    return step

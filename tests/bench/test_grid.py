@@ -1,0 +1,107 @@
+"""Tables of peers: what is measured, compared, left out and drawn; the benchmarks at tiny sizes."""
+
+import json
+
+import pytest
+import torch
+
+from starlm.bench import decode, layer, step
+from starlm.bench.config import DecodeOptions, LayerOptions, TrainBenchOptions
+from starlm.bench.grid import Grid, Peer, run
+from starlm.errors import InputError
+
+LAYER = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=2)
+GRID = Grid(axis="T", unit="ms per call", value=lambda seconds, _: seconds * 1e3, baseline="a")
+
+
+def by_cell(result):
+    return {(cell["peer"], cell["size"]): cell for cell in result["cells"]}
+
+
+def test_a_table_of_two_peers(capsys):
+    calls = []
+
+    def peer(name):
+        return Peer(make=lambda size: lambda: calls.append((name, size)))
+
+    result = run("layer", GRID, {"a": peer("a"), "b": peer("b")}, LAYER, {"processor": "abacus"})
+    # Each is called once to warm it, then in two rounds, by turns.
+    assert calls[:6] == [("a", 16), ("b", 16), ("a", 16), ("b", 16), ("b", 16), ("a", 16)]
+    cells = by_cell(result)
+    assert set(cells) == {(name, size) for name in "ab" for size in (16, 64)}
+    a, b = cells["a", 16], cells["b", 16]
+    assert a["value"] == pytest.approx(sum(a["seconds"]) / 2 * 1e3)
+    assert b["over_baseline"] == pytest.approx(sum(b["seconds"]) / sum(a["seconds"]))
+    assert result["command"] == "starlm bench layer --repeats 2 --batch-tokens 64 --lengths 16 64 --dim 32"
+    assert json.loads(json.dumps(result))["machine"] == {"processor": "abacus"}
+    out = capsys.readouterr().out
+    assert "processor: abacus" in out
+    assert "ms per call: median" in out
+
+
+def test_what_would_take_too_long_is_named_not_hidden(capsys):
+    options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, limit_seconds=0.0)
+    fast = Peer(make=lambda size: lambda: None)
+    growing = Peer(make=lambda size: lambda: sum(range(1000)), growing=True)
+    result = run("layer", GRID, {"a": fast, "b": growing}, options, {})
+    assert set(by_cell(result)) == {("a", 16), ("a", 64), ("b", 16)}
+    assert [(row["peer"], row["size"]) for row in result["skipped"]] == [("b", 64)]
+    out = capsys.readouterr().out
+    assert "b at 64: skipped, about" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("       64")] == ["skipped"]
+
+
+def test_layers(tmp_path):
+    plot = tmp_path / "layer.png"
+    options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, plot=plot)
+    result = layer.main(options, {})
+    names = {"4 matrix products", "gated", "star", "attention", "short convolution", "Mamba-2"}
+    assert {peer for peer, _ in by_cell(result)} == names
+    assert plot.stat().st_size > 1000
+    half = LayerOptions(batch_tokens=64, lengths=(16,), dim=32, repeats=1, dtype="bfloat16")
+    assert len(layer.main(half, {})["cells"]) == len(names)
+
+
+def test_steps():
+    options = TrainBenchOptions(batch_tokens=32, lengths=(16, 64), dim=32, depth=2, vocab_size=50, repeats=1)
+    result = step.main(options, {})
+    cells = by_cell(result)
+    assert {peer for peer, _ in cells} == {"transformer", "star", "gated", "short convolution"}
+    # Two rows of 16 tokens, and one of 64 where a row is longer than batch_tokens.
+    for size, tokens in ((16, 32), (64, 64)):
+        assert cells["star", size]["value"] == pytest.approx(tokens / cells["star", size]["seconds"][0])
+
+
+def test_decoding(capsys):
+    options = DecodeOptions(
+        contexts=(10, 50), tokens=3, dim=32, depth=2, vocab_size=50, max_shift=4, repeats=1
+    )
+    result = decode.main(options, {})
+    assert {peer for peer, _ in by_cell(result)} == {
+        *("weights read once", "star", "gated", "gated, 4 back", "attention")
+    }
+    bytes_of = result["state_bytes"]
+    assert bytes_of["star"][50] >= bytes_of["star"][10] > 0
+    assert result["weight_bytes"] == 4 * (2 * 12 * 32 * 32 + 2 * 32 + 50 * 32)
+    assert "Decode state, MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: LayerOptions(lengths=(100,)), "lengths must be divisors of batch_tokens"),
+        (lambda: LayerOptions(dim=20), "dim must be a multiple of 16"),
+        (lambda: TrainBenchOptions(depth=0), "depth must be at least 1"),
+        (lambda: DecodeOptions(contexts=()), "contexts must be 1 or more"),
+        (lambda: DecodeOptions(repeats=0), "repeats must be at least 1"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(InputError, match=message):
+        options()
+
+
+def test_timed_layers_have_nothing_that_is_zero():
+    """Output projections start at zero, which would leave out work and gradients."""
+    call = layer._layer(torch.nn.Linear(32, 32), LAYER, 16)
+    assert all(gradient.abs().sum() > 0 for gradient in call())
