@@ -1,0 +1,86 @@
+"""Plain tensor operations suffice: one training run on the reference path alone, and on the fused kernels.
+
+    python -m experiments.reference --steps 100
+
+Both start from the same weights and see the same batches; the losses differ by rounding only, which training
+amplifies slowly.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import starlm.nn.deformer
+import starlm.ops.box
+from starlm.data.loader import PackedLoader
+from starlm.data.prepare import prepare
+from starlm.data.shards import TokenData
+from starlm.files import write_whole
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+from starlm.ops import deform
+from starlm.train.config import OptimConfig
+from starlm.train.optim import Optimizers
+
+RESULTS = Path(__file__).parent / "results" / "reference"
+DATA = Path("runs/experiments/data/embedded")
+
+
+def losses(backend: str, config: StarLMConfig, steps: int, data: TokenData) -> tuple[list[float], float]:
+    """Training losses, and the seconds that the steps took."""
+    for module in (starlm.nn.deformer, starlm.ops.box):
+        module.deform = partial(deform, backend=backend)
+    torch.manual_seed(0)
+    model, found, began = StarLM(config), [], time.perf_counter()
+    optimizers = Optimizers(model, OptimConfig())
+    batches = PackedLoader(data.splits["train"], rows=8, length=config.context, seed=0).batches(0)
+    for step in range(steps):
+        batch = next(batches)
+        inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
+        loss = model.loss(inputs, targets, first=first)
+        loss.backward()
+        optimizers.step(step, steps)
+        found.append(loss.item())
+    batches.close()
+    return found, time.perf_counter() - began
+
+
+def main() -> None:
+    """Train twice and compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not DATA.exists():
+        prepare("embedded", DATA, vocab_size=4096)
+    data = TokenData.open(DATA)
+    config = StarLMConfig(
+        vocab_size=data.vocab_size, depth=args.depth, dim=args.width, context=args.length, preset="star"
+    )
+    plain, slow = losses("reference", config, args.steps, data)
+    fused, fast = losses("auto", config, args.steps, data)
+    apart = [abs(a - b) for a, b in zip(plain, fused, strict=True)]
+    result = {
+        **vars(args),
+        "reference": {"first": plain[0], "last": plain[-1], "seconds": round(slow, 1)},
+        "fused": {"first": fused[0], "last": fused[-1], "seconds": round(fast, 1)},
+        "largest_difference": {"first_10_steps": max(apart[:10]), "all": max(apart)},
+    }
+    print(json.dumps(result, indent=1))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"star-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}.json"
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

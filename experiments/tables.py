@@ -1,0 +1,152 @@
+"""The tables of docs/evidence.md as Markdown, and the loss curves as a chart, from the results there are.
+
+python -m experiments.tables lm
+python -m experiments.tables synthetic
+python -m experiments.tables mqar
+python -m experiments.tables lm --plot docs/lm.png --steps 1500
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, Any]]
+
+
+def read(kind: str) -> Rows:
+    """All results of one kind of experiment."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))]
+
+
+def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:
+    """Rows by the values of some of their keys."""
+    groups: dict[tuple, Rows] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and with several values the distance between the largest and the smallest."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({max(values) - min(values):.3f})"
+
+
+def lm(rows: Rows) -> Iterable[str]:
+    """One table per setting: of each variant its best rate, over its seeds; lowest loss first."""
+    for key, group in sorted(grouped(rows, "corpus", "width", "depth", "length", "steps").items()):
+        corpus, width, depth, length, steps = key
+        tokens = group[0]["tokens"] / 1e6
+        yield f"\n{corpus}, width {width}, depth {depth}, T {length}, {steps} steps, {tokens:.1f} M tokens\n"
+        bounds = list(group[0]["by_position"])
+        yield _line(
+            "variant", "loss", *(f"from {b}" for b in bounds), "recall", "others", "rate of rates", "seeds"
+        )
+        yield _line(*["---", *["---:"] * (len(bounds) + 5)])
+        best = []
+        for (variant,), runs in grouped(group, "variant").items():
+            rates = grouped(runs, "matrix_lr")
+            rate = min(rates, key=lambda r: statistics.mean(run["loss"] for run in rates[r]))
+            best.append((statistics.mean(run["loss"] for run in rates[rate]), variant, rates[rate], rates))
+        for _, variant, runs, rates in sorted(best, key=lambda row: row[0]):
+            yield _line(
+                variant,
+                spread([run["loss"] for run in runs]),
+                *(spread([run["by_position"][b] for run in runs]) for b in bounds),
+                spread([run["recall"] for run in runs]),
+                spread([run["other"] for run in runs]),
+                f"{runs[0]['matrix_lr']:g} of {len(rates)}",
+                str(len(runs)),
+            )
+
+
+def synthetic(rows: Rows) -> Iterable[str]:
+    """Accuracy by length."""
+    for (task,), group in sorted(grouped(rows, "task").items()):
+        lengths = sorted({int(n) for row in group for n in row["accuracy"]})
+        yield f"\n{task}\n"
+        yield _line("variant", "width", "heads", "rate", "updates", *(f"{n:,}" for n in lengths))
+        yield _line("---", *["---:"] * (len(lengths) + 4))
+        for row in sorted(group, key=lambda row: (row["variant"], row["width"], row.get("heads", 0))):
+            figures = (row["accuracy"].get(str(n)) for n in lengths)
+            yield _line(
+                row["variant"],
+                str(row["width"]),
+                str(row.get("heads", "")),
+                str(row.get("matrix_lr", "")),
+                str(row["updates"]),
+                *("" if figure is None else f"{figure:.3f}" for figure in figures),
+            )
+
+
+def mqar(rows: Rows) -> Iterable[str]:
+    """The best of each variant's rates, by size."""
+    yield _line("variant", "width", "(length, pairs)", "accuracy", "rate", "updates", "chance", "seeds")
+    yield _line("---", *["---:"] * 7)
+    for (variant, width, length, pairs), group in sorted(
+        grouped(rows, "variant", "width", "length", "pairs").items()
+    ):
+        best = max(group, key=lambda row: row["accuracy"])
+        yield _line(
+            variant,
+            str(width),
+            f"({length}, {pairs})",
+            f"{best['accuracy']:.4f}",
+            f"{best['rate']:g} of {len({row['rate'] for row in group})}",
+            str(best["updates"]),
+            f"{best['chance']:.4f}",
+            str(len({row["seed"] for row in group})),
+        )
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Validation loss over training tokens: a line per variant, its seeds in the same colour."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for number, ((variant,), runs) in enumerate(sorted(grouped(rows, "variant").items())):
+        for run in runs:
+            scale = run["tokens"] / run["steps"] / 1e6
+            axes.plot(
+                [step * scale for step, _ in run["curve"]],
+                [loss for _, loss in run["curve"]],
+                color=f"C{number % 10}",
+                marker="o",
+                markersize=3,
+                label=variant if run is runs[0] else None,
+            )
+    axes.set_xlabel("million training tokens")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print one kind of table, of all results or of those of one length of training; draw, if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = {"lm": lm, "synthetic": synthetic, "mqar": mqar}
+    parser.add_argument("kind", choices=list(tables))
+    parser.add_argument("--steps", type=int, help="only runs of this many steps")
+    parser.add_argument("--plot", type=Path, help="with lm: also draw the curves into this file")
+    args = parser.parse_args()
+    rows = [row for row in read(args.kind) if args.steps in (None, row.get("steps"))]
+    print("\n".join(tables[args.kind](rows)))
+    if args.plot:
+        draw(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
