@@ -1,6 +1,7 @@
 """Fused CPU kernel of the loss: softcap, log-sum-exp and gradient of a chunk of logits, in place."""
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -11,7 +12,7 @@ from starlm.errors import InputError
 from starlm.ops.cpu import _spread
 
 # Sums may be taken in any order, products and sums fused; NaN and infinity keep their meaning.
-_jit = numba.njit(
+_jit: Any = numba.njit(
     nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"}
 )
 # All constants are fp32: an integer beside an fp32 number would make numba compute in fp64.
