@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 SHAPE_CHECKED = [
     "starlm.ops.anchors",
     "starlm.ops.box",
+    "starlm.ops.cross_entropy",
     "starlm.ops.deform",
     "starlm.ops.reference",
     "starlm.nn",

@@ -1,5 +1,7 @@
 """The language model: embedding, blocks, head."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from starlm.nn.heads import LONGEST
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
 from starlm.ops import anchors, longest
+from starlm.ops.cross_entropy import cross_entropy
 
 
 class StarLM(nn.Module):
@@ -108,13 +111,12 @@ class StarLM(nn.Module):
         targets: Int[Tensor, "B T"],
         *,
         first: Int[Tensor, "B T"] | None = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         """Cross-entropy in nats of `targets` (-1 is ignored): the mean, or with reduction="none" [B, T]."""
-        logits = self(tokens, first=first)
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
-        )
+        hidden = self.hidden(tokens, first=first).flatten(0, 1)
+        cap = self.config.softcap
+        loss = cross_entropy(hidden, self.head.weight, targets.flatten(), softcap=cap, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def new_state(self, batch: int = 1, *, rollback: int = 64) -> DecodeState:

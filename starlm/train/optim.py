@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
 from starlm.train.config import OptimConfig
+from starlm.train.muon import Muon
 
 MOMENTUM_START, MOMENTUM_STEPS = 0.85, 300
 
@@ -55,7 +56,7 @@ class Optimizers:
             eps=1e-10,
             weight_decay=0.0,
         )
-        self.muon = torch.optim.Muon(
+        self.muon = Muon(
             [group for group in muon if group["params"]],
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from starlm.device import has_bfloat16
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -95,8 +96,9 @@ def test_a_matrix_moves_by_its_orthogonalised_momentum():
             rows, columns = parameter.shape
             size = 0.1 * max(1, rows / columns) ** 0.5
             expected = newton_schulz(ahead) * size
-            # The library iterates in bfloat16.
-            assert (moved - expected).norm() < 0.05 * expected.norm(), name
+            # A CPU with matrix units for bfloat16 iterates in that.
+            allowed = 0.05 if has_bfloat16(parameter.device) else 1e-4
+            assert (moved - expected).norm() < allowed * expected.norm(), name
             values = torch.linalg.svdvals(moved / size)
             assert values.max() < 1.3
             assert values.median() > 0.6
