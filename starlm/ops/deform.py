@@ -61,11 +61,16 @@ def deform(
     """
     rows_before = _check(values, shift, origin, first, past, backend)
     if backend == "auto":
-        fused = {"cpu": "cpu", "cuda": "triton" if HAS_TRITON else "reference"}
-        backend = fused.get(values.device.type, "reference")
+        backend = _fastest(values.device)
     if backend == "reference":
         return deform_reference(values, shift, origin, first, 0 if rows_before is None else rows_before)
     return _deform(values, shift, origin, first, rows_before, backend)
+
+
+def _fastest(device: torch.device) -> Backend:
+    if device.type == "cuda" and HAS_TRITON:
+        return "triton"
+    return "cpu" if device.type == "cpu" else "reference"
 
 
 @torch.library.custom_op("starlm::deform", mutates_args=())

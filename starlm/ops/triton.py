@@ -1,14 +1,14 @@
 """Fused GPU kernels of `deform`: Triton, forward and backward.
 
 Tensors are viewed as [B, S, D], D = H * C, with channels side by side in memory, and neighbouring lanes own
-neighbouring channels: what a warp reads of one row is one or two cache lines, and channels whose shifts differ
-find the other rows in the L1 and L2 caches, where the neighbouring queries have put them.
+neighbouring channels: of one row a warp reads one or two cache lines, and channels whose shifts differ find
+the other rows in the L1 and L2 caches, where the neighbouring queries have put them.
 
 In the backward each lane walks `TIME` queries in order and keeps the gradient of the near row in a register.
-Where shifts change slowly the far row of the next query is the same row, and where they reach beyond `first` all
-rows are, so one addition to memory, not two, is what a query costs there, or none. The additions are atomic. With
-`torch.use_deterministic_algorithms` one lane walks the whole sequence instead and adds alone, always in the same
-order: no atomics, and less in parallel.
+Where shifts change slowly, the far row of the next query is that very row; where they reach beyond `first`,
+all rows are. So a query costs one addition to memory there, not two, or none. The additions are atomic. With
+`torch.use_deterministic_algorithms` one lane walks the whole sequence instead and adds alone, always in the
+same order: no atomics, and less in parallel.
 
 With TRITON_INTERPRET=1 in the environment Triton runs the same code on CPU tensors, slowly, for tests.
 """
@@ -19,40 +19,38 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from starlm.errors import InputError
 
 # Stands in for infinite shifts: exact in fp32, and `origin - FAR - 1` stays inside int32. So S must be less.
 FAR = tl.constexpr(2**30)
-# Queries and channels of one program: one channel for each of 4 warps of 32 lanes, and queries enough for their
-# loads to hide each other's latency without running short of registers.
+# Queries and channels of one program: a channel for each lane of 4 warps, and queries enough for their loads
+# to hide each other's latency without running short of registers.
 TIME, LANES, WARPS = 16, 128, 4
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
 def _bounds(first, past, batch, time, rows, length):
     """First and last row that a query may read, inside the tensor whatever `first` and `past` say."""
-    last = time.to(tl.int64)
+    last = time
     if past is not None:
-        last += tl.load(past + batch).to(tl.int64)
-    last = tl.minimum(tl.maximum(last, 0), rows - 1)
+        last += tl.minimum(tl.maximum(tl.load(past + batch), 0), rows - 1).to(tl.int32)
+    last = tl.minimum(last, rows - 1)
     start = last * 0
     if first is not None:
-        start = tl.load(first + batch * length + time, mask=time < length, other=0).to(tl.int64)
-        start = tl.minimum(tl.maximum(start, 0), last)
-    return start.to(tl.int32), last.to(tl.int32)
+        start = tl.minimum(tl.maximum(tl.load(first + batch * length + time), 0), last).to(tl.int32)
+    return start, last
 
 
 @triton.jit
-def _origin(origin, batch, time, column, last, length, width, channels, inside):
+def _origin(origin, batch, time, column, last, length, width, channels):
     """The row that shift 0 reads; -1 for none."""
     row = last + column * 0
     if origin is not None:
-        heads = width // channels
-        head = (batch * length + time) * heads + column // channels
-        row = tl.load(origin + head, mask=inside, other=-1).to(tl.int64)
-        row = tl.minimum(tl.maximum(row, -1), FAR - 1).to(tl.int32)
+        head = (batch * length + time) * (width // channels) + column // channels
+        row = tl.minimum(tl.maximum(tl.load(origin + head), -1), FAR - 1).to(tl.int32)
     return row
 
 
@@ -76,6 +74,14 @@ def _add(pointers, amount, mask, ATOMIC: tl.constexpr):
         tl.atomic_add(pointers, amount, mask=mask, sem="relaxed")
     else:
         tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + amount, mask=mask)
+
+
+@triton.jit
+def _store(pointers, x, mask):
+    # From fp64 to bfloat16 in two steps: not every GPU, nor Triton's interpreter, has one for it.
+    if pointers.dtype.scalar.element_ty.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    tl.store(pointers, x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -104,22 +110,22 @@ def _forward(
     column = ((program % blocks) * LANES + tl.arange(0, LANES))[None, :]
     time = ((program // blocks % spans) * TIME + tl.arange(0, TIME))[:, None]
     batch = (program // blocks // spans).to(tl.int64)
-    inside = (time < length) & (column < width)
-
-    # One channel per lane: the gather below would otherwise inherit 8 channels per lane from the loads of `shift`,
+    inside = column < width
+    # What lies beyond the end repeats the last query and channel, so that no load needs a mask.
+    time, column = tl.minimum(time, length - 1), tl.minimum(column, width - 1)
+    # One channel per lane: the gather would otherwise inherit 8 channels per lane from the loads of `shift`,
     # and touch up to 8 times as many cache lines at once.
     column = tl.max_contiguous(column, [1, 1])
-    start, last = _bounds(first, past, batch, time, rows, length)
-    origin = _origin(origin, batch, time, column, last, length, width, channels, inside)
-    exists = inside & (origin >= 0)
-    s = tl.load(shift + batch * shift_batch + time.to(tl.int64) * shift_row + column, mask=exists, other=0.0)
-    near, far, fraction = _locate(s.to(EXACT), origin, start, last)
 
+    start, last = _bounds(first, past, batch, time, rows, length)
+    o = _origin(origin, batch, time, column, last, length, width, channels)
+    s = tl.load(shift + batch * shift_batch + time.to(tl.int64) * shift_row + column).to(EXACT)
+    near, far, fraction = _locate(s, o, start, last)
     source = values + batch * values_batch + column
-    v = tl.load(source + near.to(tl.int64) * values_row, mask=exists, other=0.0).to(EXACT)
-    w = tl.load(source + far.to(tl.int64) * values_row, mask=exists, other=0.0).to(EXACT)
-    target = out + (batch * length + time) * width + column
-    tl.store(target, (v + fraction * (w - v)).to(out.dtype.element_ty), mask=inside)
+    v = tl.load(source + near.to(tl.int64) * values_row).to(EXACT)
+    w = tl.load(source + far.to(tl.int64) * values_row).to(EXACT)
+    read = tl.where(o < 0, 0.0, v + fraction * (w - v))
+    _store(out + (batch * length + time) * width + column, read, inside)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "span"])
@@ -153,6 +159,7 @@ def _backward(
     begin = (program // blocks % spans) * span
     batch = (program // blocks // spans).to(tl.int64)
     inside = column < width
+    column = tl.minimum(column, width - 1)
 
     grad += batch * grad_batch
     shift += batch * shift_batch
@@ -164,16 +171,16 @@ def _backward(
     total = tl.full([LANES], 0.0, EXACT)
     for step in range(tl.minimum(span, length - begin)):
         time = begin + step
-        start, last = _bounds(first, past, batch, time, rows, length)
-        o = _origin(origin, batch, time, column, last, length, width, channels, inside)
-        exists = inside & (o >= 0)
         row = time.to(tl.int64)
-        s = tl.load(shift + row * shift_row + column, mask=exists, other=0.0).to(EXACT)
-        dy = tl.load(grad + row * grad_row + column, mask=exists, other=0.0).to(EXACT)
+        start, last = _bounds(first, past, batch, time, rows, length)
+        o = _origin(origin, batch, time, column, last, length, width, channels)
+        exists = inside & (o >= 0)
+        s = tl.load(shift + row * shift_row + column).to(EXACT)
+        dy = tl.load(grad + row * grad_row + column).to(EXACT)
         near, far, fraction = _locate(s, o, start, last)
-        v = tl.load(source + near.to(tl.int64) * values_row, mask=exists, other=0.0).to(EXACT)
-        w = tl.load(source + far.to(tl.int64) * values_row, mask=exists, other=0.0).to(EXACT)
-        tl.store(dshift + row * width + column, (dy * (w - v)).to(dshift.dtype.element_ty), mask=inside)
+        v = tl.load(source + near.to(tl.int64) * values_row).to(EXACT)
+        w = tl.load(source + far.to(tl.int64) * values_row).to(EXACT)
+        _store(dshift + row * width + column, tl.where(o < 0, 0.0, dy * (w - v)), inside)
 
         further = dy * fraction
         # Where both rows are one, it gets both shares as the near one.
@@ -183,7 +190,7 @@ def _backward(
         _add(target + far.to(tl.int64) * width, further, apart & (far != kept), ATOMIC)
         moves = exists & (near != kept)
         _add(target + kept.to(tl.int64) * width, total, moves & (kept >= 0), ATOMIC)
-        total = tl.where(moves, 0.0, total) + nearer
+        total = tl.where(moves, 0.0, total) + tl.where(exists, nearer, 0.0)
         kept = tl.where(moves, near, kept)
     _add(target + kept.to(tl.int64) * width, total, kept >= 0, ATOMIC)
 
@@ -224,7 +231,9 @@ def backward(
     return dvalues.to(values.dtype), dshift
 
 
-def _launch(kernel: Any, arguments: tuple, values: Tensor, shift: Tensor, queries: int, **options: Any) -> None:
+def _launch(
+    kernel: Any, arguments: tuple, values: Tensor, shift: Tensor, queries: int, **options: Any
+) -> None:
     """Run a kernel on all channels and queries, so many queries to a program."""
     batch, length, heads, channels = shift.shape
     if not shift.numel():
@@ -234,15 +243,18 @@ def _launch(kernel: Any, arguments: tuple, values: Tensor, shift: Tensor, querie
     grid = (batch * -(-length // queries) * -(-width // LANES),)
     sizes = values.shape[1], length, width, channels
     exact = tl.float64 if _exact(values, shift) == torch.float64 else tl.float32
+    # Without fused multiply-adds every result but a sum is the reference's to the last bit, at no cost worth
+    # naming beside the memory traffic.
+    options |= {"EXACT": exact, "LANES": LANES, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(values):
-        kernel[grid](*arguments, *sizes, **options, EXACT=exact, LANES=LANES, num_warps=WARPS)
+        kernel[grid](*arguments, *sizes, **options)
 
 
 def _check(values: Tensor) -> None:
     if values.device.type == "cpu" and not INTERPRETED:
         raise InputError(
-            "backend='triton' needs GPU tensors; got cpu. Use backend='auto', or set TRITON_INTERPRET=1 in the "
-            "environment before Python starts, to run its kernels on a CPU, slowly, for tests."
+            "backend='triton' needs GPU tensors; got cpu. Use backend='auto', or set TRITON_INTERPRET=1 in "
+            "the environment before Python starts, to run its kernels on a CPU, slowly, for tests."
         )
     if values.shape[1] >= FAR.value:
         raise InputError(

@@ -331,7 +331,7 @@ def test_library_registration():
     past = torch.tensor([2, 2])
     values = torch.randn(2, 7, 3, 5)
     for origin, first, before in ((None, None, None), (options["origin"], options["first"], past)):
-        args = (values.clone().requires_grad_(), shift.clone().requires_grad_(), origin, first, before)
+        args = (values.clone().requires_grad_(), shift.clone().requires_grad_(), origin, first, before, "cpu")
         torch.library.opcheck(torch.ops.starlm.deform.default, args)
 
 
