@@ -243,8 +243,7 @@ def _launch(
     grid = (batch * -(-length // queries) * -(-width // LANES),)
     sizes = values.shape[1], length, width, channels
     exact = tl.float64 if _exact(values, shift) == torch.float64 else tl.float32
-    # Without fused multiply-adds every result but a sum is the reference's to the last bit, at no cost worth
-    # naming beside the memory traffic.
+    # Without fused multiply-adds every result but a sum is the reference's to the last bit.
     options |= {"EXACT": exact, "LANES": LANES, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(values):
         kernel[grid](*arguments, *sizes, **options)

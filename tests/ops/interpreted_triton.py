@@ -12,6 +12,7 @@ import torch
 from oracle import assert_same
 from test_deform import SHIFTS, make, run
 
+from benchmarks import gpu
 from starlm.ops import deform
 from starlm.ops import triton as kernels
 from starlm.ops.reference import deform_reference
@@ -166,11 +167,23 @@ def test_no_input_makes_a_wild_pointer():
     assert dvalues.sum().item() == pytest.approx(out.numel())
 
 
-def test_deterministic_runs_are_bit_equal():
+def test_deterministic_algorithms_are_honoured(monkeypatch):
+    """The interpreter runs one program after the other, so how something is added has to be seen, too."""
+    atomic = set()
+    add = kernels._add.fn
+
+    def watched(pointers, amount, mask, ATOMIC):
+        atomic.add(ATOMIC)
+        add(pointers, amount, mask, ATOMIC)
+
+    monkeypatch.setattr(kernels, "_add", watched)
     values, shift, options = make(40, "far", batch=1, heads=2, channels=3, dtype=torch.float32)
     grad = torch.randn(shift.shape)
     one, two = (check(values, shift, options, grad, deterministic=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert atomic == {False}
+    check(values, shift, options, grad)
+    assert atomic == {False, True}
 
 
 def test_additions_that_meet_in_one_row_are_merged(monkeypatch):
@@ -260,6 +273,31 @@ def test_the_comparison_rejects_sabotage(monkeypatch):
             with pytest.raises(AssertionError):
                 check(values, shift, options)
     check(values, shift, options)
+
+
+def test_the_checks_for_a_gpu_notice_a_wrong_kernel(monkeypatch, capsys):
+    checks = {name: check for name, check in gpu.CHECKS.items() if "definition" not in name}
+    assert gpu.check("cpu", 5, checks) == 0
+    monkeypatch.setattr(kernels, "_store", lambda pointers, x, mask: None)
+    capsys.readouterr()
+    assert gpu.check("cpu", 5, {"long": gpu.CHECKS["definition, long, every dtype"]}) == 1
+    assert "FAILED: output, T = 5: NaN in other places" in capsys.readouterr().out
+
+
+def test_the_benchmark_runs_what_it_times(monkeypatch):
+    """Once each, with no time taken: figures are made on GPUs only."""
+
+    def call_once(call, **names):
+        call()
+        return gpu.Cell(milliseconds=1.0, low=1.0, high=1.0, **names)
+
+    monkeypatch.setattr(gpu, "_time", call_once)
+    skipped = []
+    cells = list(gpu._measure((1, 4, 2, 8), "cpu", skipped))
+    assert {cell.peer for cell in cells} >= {gpu.DETERMINISTIC, "FlashAttention, causal (PyTorch)"}
+    assert {entry["peer"] for entry in skipped} <= {"flash-linear-attention"}
+    assert [cell.share_of_copy for cell in cells if cell.peer == gpu.DETERMINISTIC] == [1.5, 4.0]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.compile

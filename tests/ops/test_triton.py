@@ -41,6 +41,12 @@ def test_under_the_interpreter_and_torch_compile():
     interpreted("-m", "compile")
 
 
+@pytest.mark.gpu
+def test_on_this_gpu():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "check"], cwd=HERE.parents[1], timeout=600)
+    assert done.returncode == 0
+
+
 @pytest.fixture
 def build(monkeypatch, tmp_path):
     """Compile a kernel for a GPU that need not be there; gives what the compiler's stages say."""
