@@ -177,7 +177,8 @@ def _measure(shape: tuple[int, int, int, int], device: str, skipped: list[dict[s
             # A peer that does not take this shape or this GPU, whatever it raises; ours must.
             if peer.startswith("deform"):
                 raise
-            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            line, *_ = str(error).split("\n")
+            why = f"{type(error).__name__}: {line}"
             skipped.append({"shape": shape, "peer": peer, "why": why})
         finally:
             torch.use_deterministic_algorithms(False)
