@@ -168,4 +168,6 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
         raise InputError(
             f"deform needs past as a number or a tensor [B]; got {tuple(past.shape)} ({shapes})."
         )
+    if length > rows:
+        raise InputError(f"deform needs S >= T, so that every query has its own row; got {shapes}.")
     return past

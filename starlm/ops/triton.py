@@ -111,12 +111,10 @@ def _forward(
     time = ((program // blocks % spans) * TIME + tl.arange(0, TIME))[:, None]
     batch = (program // blocks // spans).to(tl.int64)
     inside = column < width
-    # What lies beyond the end repeats the last query and channel, so that no load needs a mask.
+    # What lies beyond the end repeats the last query and channel, so that no load needs a mask. It also hides
+    # from the compiler that channels are contiguous: it would give each lane 8 of them, for the loads of
+    # `shift`, and the gather would touch up to 8 times as many cache lines at once.
     time, column = tl.minimum(time, length - 1), tl.minimum(column, width - 1)
-    # One channel per lane: the gather would otherwise inherit 8 channels per lane from the loads of `shift`,
-    # and touch up to 8 times as many cache lines at once.
-    column = tl.max_contiguous(column, [1, 1])
-
     start, last = _bounds(first, past, batch, time, rows, length)
     o = _origin(origin, batch, time, column, last, length, width, channels)
     s = tl.load(shift + batch * shift_batch + time.to(tl.int64) * shift_row + column).to(EXACT)

@@ -367,6 +367,7 @@ def test_compiles_without_a_graph_break(backend):
         (lambda v, s: ((v, s), {"past": 1}), "past=1"),
         (lambda v, s: ((v[:, :3], s), {}), "past=0"),
         (lambda v, s: ((v, s), {"past": torch.zeros(3).long()}), "tensor [B]"),
+        (lambda v, s: ((v[:, :3], s), {"past": torch.zeros(2).long()}), "S >= T"),
         (lambda v, s: ((v, s), {"backend": "gpu"}), "'gpu'"),
         (lambda v, s: ((v.to("meta"), s.to("meta")), {"backend": "cpu"}), "backend='auto'"),
     ],
