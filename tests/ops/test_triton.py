@@ -150,3 +150,11 @@ def test_without_the_package(monkeypatch):
     values = torch.zeros(1, 2, 1, 1)
     with pytest.raises(InputError, match=r"pip install 'starlm\[gpu\]'"):
         deform(values, values, backend="triton")
+
+
+def test_auto_takes_the_kernels_of_the_device(monkeypatch):
+    module = sys.modules["starlm.ops.deform"]
+    wanted = {"cpu": "cpu", "cuda": "triton", "meta": "reference"}
+    assert {name: module._fastest(torch.device(name)) for name in wanted} == wanted
+    monkeypatch.setattr(module, "HAS_TRITON", False)
+    assert module._fastest(torch.device("cuda")) == "reference"
