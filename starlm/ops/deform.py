@@ -1,6 +1,8 @@
 """The public operator, and the one place where backends, autograd and torch.compile meet."""
 
-from typing import Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +11,8 @@ from torch import Tensor
 from starlm.errors import InputError
 from starlm.ops.reference import deform_reference
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
+HAS_TRITON = find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,8 +45,8 @@ def deform(
         first: first row that a query may read (start of its document, or after left padding); default 0.
             Where it lies beyond the query's own row, the query reads its own row only.
         past: rows before the first query: one number, or one per batch row.
-        backend: `reference` is plain PyTorch, `cpu` the fused kernels; `auto` takes the fused kernels
-            where the device has them.
+        backend: `reference` is plain PyTorch, `cpu` and `triton` the fused kernels for CPU and GPU; `auto`
+            takes the fused kernels where the device has them.
 
     Returns:
         What was read, in the dtype of `values`.
@@ -58,19 +61,28 @@ def deform(
     """
     rows_before = _check(values, shift, origin, first, past, backend)
     if backend == "auto":
-        backend = "cpu" if values.device.type == "cpu" else "reference"
+        backend = _fastest(values.device)
     if backend == "reference":
         return deform_reference(values, shift, origin, first, 0 if rows_before is None else rows_before)
-    return _deform(values, shift, origin, first, rows_before)
+    return _deform(values, shift, origin, first, rows_before, backend)
+
+
+def _fastest(device: torch.device) -> Backend:
+    if device.type == "cuda" and HAS_TRITON:
+        return "triton"
+    return "cpu" if device.type == "cpu" else "reference"
 
 
 @torch.library.custom_op("starlm::deform", mutates_args=())
 def _deform(
-    values: Tensor, shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
+    values: Tensor,
+    shift: Tensor,
+    origin: Tensor | None,
+    first: Tensor | None,
+    past: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    from starlm.ops import cpu  # numba takes half a second to import
-
-    return cpu.forward(values, shift, origin, first, past)
+    return _kernels(backend).forward(values, shift, origin, first, past)
 
 
 @torch.library.custom_op("starlm::deform_backward", mutates_args=())
@@ -81,28 +93,33 @@ def _deform_backward(
     origin: Tensor | None,
     first: Tensor | None,
     past: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    from starlm.ops import cpu
+    return _kernels(backend).backward(grad, values, shift, origin, first, past)
 
-    return cpu.backward(grad, values, shift, origin, first, past)
+
+def _kernels(backend: str) -> Any:
+    """The module of the fused kernels; numba and triton take half a second to import."""
+    return import_module(f"starlm.ops.{backend}")
 
 
 @_deform.register_fake
-def _(values, shift, origin, first, past):
+def _(values, shift, origin, first, past, backend):
     return values.new_empty(shift.shape)
 
 
 @_deform_backward.register_fake
-def _(grad, values, shift, origin, first, past):
+def _(grad, values, shift, origin, first, past, backend):
     return values.new_empty(values.shape), shift.new_empty(shift.shape)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad):
-    return *_deform_backward(grad, *ctx.saved_tensors), None, None, None
+    return *_deform_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
 _deform.register_autograd(_differentiate, setup_context=_save)
@@ -134,8 +151,10 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
                 f"deform needs {name} as integers of shape {wanted}; got {index.dtype} of "
                 f"{tuple(index.shape)} ({shapes})."
             )
-    if backend not in ("auto", "reference", "cpu"):
-        raise InputError(f"deform has the backends auto, reference and cpu; got {backend!r}.")
+    if backend not in get_args(Backend):
+        raise InputError(f"deform has the backends {', '.join(get_args(Backend))}; got {backend!r}.")
+    if backend == "triton" and not HAS_TRITON:
+        raise InputError("backend='triton' needs the package triton. Run: pip install 'starlm[gpu]'")
     if backend == "cpu" and values.device.type != "cpu":
         raise InputError(f"backend='cpu' needs CPU tensors; got {values.device}. Use backend='auto'.")
     if isinstance(past, int):
@@ -149,4 +168,6 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
         raise InputError(
             f"deform needs past as a number or a tensor [B]; got {tuple(past.shape)} ({shapes})."
         )
+    if length > rows:
+        raise InputError(f"deform needs S >= T, so that every query has its own row; got {shapes}.")
     return past

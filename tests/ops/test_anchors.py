@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlm.errors import InputError
 from starlm.ops import anchors, longest, ngrams
@@ -146,6 +147,22 @@ def test_library_registration():
     tokens = torch.randint(3, (2, 9))
     for first in (None, documents(2, 9)):
         torch.library.opcheck(torch.ops.starlm.anchors.default, (tokens, [1, 2], first))
+
+
+def test_sorting_never_waits_for_the_device():
+    """The form for GPUs asks for no number on the host."""
+
+    class NoScalars(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    tokens = torch.randint(3, (2, 9))
+    with NoScalars():
+        for first in (None, documents(2, 9)):
+            anchors_reference(tokens, [1, 3], first)
+        with pytest.raises(AssertionError):
+            tokens.max().item()
 
 
 @pytest.mark.parametrize("orders", [[], [0], [2, -1]])

@@ -331,7 +331,7 @@ def test_library_registration():
     past = torch.tensor([2, 2])
     values = torch.randn(2, 7, 3, 5)
     for origin, first, before in ((None, None, None), (options["origin"], options["first"], past)):
-        args = (values.clone().requires_grad_(), shift.clone().requires_grad_(), origin, first, before)
+        args = (values.clone().requires_grad_(), shift.clone().requires_grad_(), origin, first, before, "cpu")
         torch.library.opcheck(torch.ops.starlm.deform.default, args)
 
 
@@ -367,6 +367,7 @@ def test_compiles_without_a_graph_break(backend):
         (lambda v, s: ((v, s), {"past": 1}), "past=1"),
         (lambda v, s: ((v[:, :3], s), {}), "past=0"),
         (lambda v, s: ((v, s), {"past": torch.zeros(3).long()}), "tensor [B]"),
+        (lambda v, s: ((v[:, :3], s), {"past": torch.zeros(2).long()}), "S >= T"),
         (lambda v, s: ((v, s), {"backend": "gpu"}), "'gpu'"),
         (lambda v, s: ((v.to("meta"), s.to("meta")), {"backend": "cpu"}), "backend='auto'"),
     ],

@@ -1,0 +1,265 @@
+"""The operator on this machine's GPU: is it right, and how fast is it?
+
+    python -m benchmarks.gpu check     every promise of `deform`, at real sizes; exit code 1 if one is broken
+    python -m benchmarks.gpu bench     the table, and benchmarks/results/gpu-<device>.json
+
+Both exit with code 2 where PyTorch sees no GPU. Shapes and method of the timings are those with which
+flash-linear-attention compares its operators (median of `triton.testing.do_bench`, bf16); its Gated DeltaNet,
+GLA and short convolution are timed too where the package `fla` is installed.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_checks import CHECKS, NotRun, compare
+from starlm.errors import InputError, StarLMError
+from starlm.ops import deform
+
+SHAPES = [
+    (1, 8192, 96, 128),
+    (2, 16384, 16, 128),
+    (4, 2048, 16, 128),
+    (4, 4096, 64, 128),
+    (8, 2048, 32, 256),
+    (8, 1024, 8, 64),
+]
+# Mean shifts, in tokens: as a layer is initialised, and far.
+SHIFTS = (0.8, 50.0)
+# Mean of softplus(x), x standard normal.
+SOFTPLUS_MEAN = 0.8059
+DETERMINISTIC = f"deform, mean shift {SHIFTS[0]:g}, deterministic"
+FORWARD, BOTH = "forward", "forward+backward"
+# Tensors that must be moved at least: values, shift and out; then values, shift, grad and both gradients.
+TENSORS = {FORWARD: 3, BOTH: 8}
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of the table."""
+
+    shape: tuple[int, int, int, int]
+    peer: str
+    kind: str
+    milliseconds: float
+    low: float
+    """Lower quartile; `high` is the upper one."""
+    high: float
+    share_of_copy: float | None = None
+    """Of the bandwidth of a plain copy of one such tensor; None for what need not move these tensors only."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code of one command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("check", "bench"))
+    what = parser.parse_args(arguments).what
+    try:
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"benchmarks.gpu {what} needs a GPU; PyTorch {torch.__version__} sees none here. The same "
+                "kernels run on a CPU in Triton's interpreter: python -m pytest tests/ops/test_triton.py"
+            )
+        if find_spec("triton") is None:
+            raise InputError("The package triton is missing. Run: pip install 'starlm[gpu]'")
+        return check("cuda") if what == "check" else bench("cuda")
+    except StarLMError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def check(device: str, length: int = 8192, checks: dict[str, Callable[[str, int], None]] = CHECKS) -> int:
+    """Run all checks and say what each found; 1 if one failed, else 0."""
+    failed = 0
+    for name, run in checks.items():
+        try:
+            run(device, length)
+            said = "ok"
+        except NotRun as why:
+            said = f"not run: {why}"
+        except AssertionError as error:
+            failed += 1
+            said = f"FAILED: {error}"
+        print(f"{name:<52} {said}", flush=True)
+    print(f"{failed} of {len(checks)} failed" if failed else "No check failed.")
+    return 1 if failed else 0
+
+
+def bench(device: str) -> int:
+    """Time all shapes and peers, print the table and write the results."""
+    machine = _machine()
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()) + "\n")
+    cells: list[Cell] = []
+    skipped: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        found = list(_measure(shape, device, skipped))
+        cells += found
+        print("\n".join(table(shape, found)), flush=True)
+    for entry in skipped:
+        print("not measured: " + ", ".join(str(value) for value in entry.values()))
+    path = RESULTS / f"gpu-{slug(machine['GPU'])}.json"
+    result = {
+        "command": "python -m benchmarks.gpu bench",
+        "machine": machine,
+        "dtype": "bfloat16",
+        "cells": [asdict(cell) for cell in cells],
+        "not_measured": skipped,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+    return 0
+
+
+def table(shape: tuple[int, ...], cells: Iterable[Cell]) -> Iterator[str]:
+    """The lines of one shape."""
+    yield f"{'B/T/H/C ' + '/'.join(map(str, shape)):<44}{'ms':>10}{'quartiles':>20}{'of copy':>9}"
+    for cell in cells:
+        share = "" if cell.share_of_copy is None else f"{cell.share_of_copy:.0%}"
+        spread = f"{cell.low:.3f} - {cell.high:.3f}"
+        yield f"  {cell.peer + ', ' + cell.kind:<42}{cell.milliseconds:>10.3f}{spread:>20}{share:>9}".rstrip()
+    yield ""
+
+
+def slug(device: str) -> str:
+    """The device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _machine() -> dict[str, str]:
+    """What the results must be read with."""
+    from importlib.metadata import version
+
+    from starlm.report.environment import environment
+
+    packages = ("triton", "flash-linear-attention")
+    found = {name: version(name) for name in packages if name == "triton" or find_spec("fla")}
+    return (
+        dict(environment()) | found | {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+    )
+
+
+def _measure(shape: tuple[int, int, int, int], device: str, skipped: list[dict[str, Any]]) -> Iterator[Cell]:
+    random = partial(torch.randn, shape, device=device, dtype=torch.bfloat16)
+    source, target = random(), random()
+    copy = _time(lambda: target.copy_(source), shape=shape, peer="copy of one tensor", kind=FORWARD)
+    yield replace(copy, share_of_copy=1.0)
+    peers = _deformers(shape, device) | _peers(shape, device)
+    if find_spec("fla") is None:
+        skipped.append({"shape": shape, "peer": "flash-linear-attention", "why": "fla is not installed"})
+    for peer, make in peers.items():
+        try:
+            torch.use_deterministic_algorithms(peer == DETERMINISTIC)
+            function, inputs = make()
+            inputs = [x.requires_grad_() for x in inputs]
+            grad = torch.randn_like(function(*inputs))
+
+            def both(function=function, inputs=inputs, grad=grad):
+                return torch.autograd.grad(function(*inputs), inputs, grad)
+
+            for kind, call in ((FORWARD, partial(_without_gradient, function, inputs)), (BOTH, both)):
+                cell = _time(call, shape=shape, peer=peer, kind=kind)
+                if peer.startswith("deform"):
+                    share = TENSORS[kind] / 2 * copy.milliseconds / cell.milliseconds
+                    cell = replace(cell, share_of_copy=share)
+                yield cell
+        except Exception as error:
+            # A peer that does not take this shape or this GPU, whatever it raises; ours must.
+            if peer.startswith("deform"):
+                raise
+            line, *_ = str(error).split("\n")
+            why = f"{type(error).__name__}: {line}"
+            skipped.append({"shape": shape, "peer": peer, "why": why})
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def _time(call: Callable[[], Any], **names: Any) -> Cell:
+    from triton.testing import do_bench
+
+    median, low, high = do_bench(call, quantiles=[0.5, 0.25, 0.75])
+    return Cell(milliseconds=median, low=low, high=high, **names)
+
+
+def _without_gradient(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return function(*inputs)
+
+
+Peer = Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]
+
+
+def _deformers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]:
+    """`deform` at each mean shift, and with its deterministic backward; none is timed before it is right."""
+
+    def make(mean: float) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        values, shift = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+        shift = torch.nn.functional.softplus(shift).mul_(mean / SOFTPLUS_MEAN)
+        try:
+            compare(values[:1, :, :1], shift[:1, :, :1])
+        except AssertionError as error:
+            raise StarLMError(f"Timings of a wrong operator mean nothing: {error}.") from error
+        return partial(deform, backend="triton"), [values, shift]
+
+    peers = {f"deform, mean shift {mean:g}": partial(make, mean) for mean in SHIFTS}
+    return peers | {DETERMINISTIC: partial(make, SHIFTS[0])}
+
+
+def _peers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]:
+    """What else mixes tokens, at the same shape."""
+    batch, length, heads, channels = shape
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device, dtype=torch.bfloat16)
+
+    def attention() -> tuple[Callable[..., Tensor], list[Tensor]]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+        return call, [random(batch, heads, length, channels) for _ in range(3)]
+
+    def delta() -> tuple[Callable[..., Tensor], list[Tensor]]:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        gate = torch.nn.functional.logsigmoid(random(batch, length, heads))
+        inputs = [*(random(*shape) for _ in range(3)), gate, random(batch, length, heads).sigmoid()]
+        return lambda *x: chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], inputs
+
+    def gla() -> tuple[Callable[..., Tensor], list[Tensor]]:
+        from fla.ops.gla import chunk_gla
+
+        gate = torch.nn.functional.logsigmoid(random(*shape)).clamp_min(-5)
+        return lambda *x: chunk_gla(*x)[0], [*(random(*shape) for _ in range(3)), gate]
+
+    def convolution() -> tuple[Callable[..., Tensor], list[Tensor]]:
+        from fla.modules import ShortConvolution
+
+        width = heads * channels
+        layer = ShortConvolution(width, 4).to(device, torch.bfloat16)
+        return lambda x: layer(x)[0], [random(batch, length, width)]
+
+    peers: dict[str, Peer] = {"FlashAttention, causal (PyTorch)": attention}
+    if find_spec("fla") is not None:
+        peers |= {
+            "Gated DeltaNet (fla)": delta,
+            "GLA (fla)": gla,
+            "short convolution of 4 (fla)": convolution,
+        }
+    return peers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

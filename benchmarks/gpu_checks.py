@@ -1,0 +1,220 @@
+"""What `python -m benchmarks.gpu check` checks: the Triton kernels against the definition, at real sizes.
+
+Each check takes the device and T, and raises AssertionError. They run on a CPU too, in Triton's interpreter,
+which is how they are tested.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starlm.ops import anchors, deform
+from starlm.ops.reference import deform_reference
+
+NAMES = ("output", "gradient of values", "gradient of shift")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Units in the last place of a result: one rounding, and one for the interpreter, which cuts bfloat16 off.
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+# Of the largest element: atomic additions come in any order.
+ORDER = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Rows and width of the problem whose B * S * H * C passes 2^31, and what its backward needs.
+WIDE_ROWS, WIDE_HEADS, WIDE_CHANNELS = 131073, 64, 129
+WIDE_BYTES = 2 * WIDE_ROWS * WIDE_HEADS * WIDE_CHANNELS * 20
+
+
+class NotRun(Exception):
+    """Why a check cannot be run on this machine."""
+
+
+def assert_close(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype, order: float = 0.0) -> None:
+    """Elementwise: NaN where NaN is wanted, else off by one unit in the last place and `order` at most."""
+    assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    got, wanted = got.detach().double(), wanted.detach().double()
+    assert torch.equal(got.isnan(), wanted.isnan()), f"{name}: NaN in other places"
+    size = wanted.abs().nan_to_num(0.0)
+    allowed = EPS[dtype] * size.clamp(min=torch.finfo(dtype).tiny) + order * size.amax()
+    excess = ((got - wanted).abs().nan_to_num(0.0) - allowed).amax()
+    assert excess <= 0, f"{name}: more than allowed off, by {excess.item():.3g}, in {dtype}"
+
+
+def problem(device: str, length: int, dtype: torch.dtype, heads: int = 3, channels: int = 33) -> Any:
+    """Values, shifts of every kind, and all that `deform` takes besides."""
+    batch, past = 2, 5
+    shape = batch, length, heads, channels
+    values = torch.randn(batch, past + length, heads, channels, device=device).to(dtype)
+    kinds = (
+        torch.zeros(shape),
+        torch.randint(0, 2 * length, shape).float(),
+        torch.nn.functional.softplus(torch.randn(shape)),
+        torch.rand(shape) * 1.5 * length,
+        10.0 ** (torch.rand(shape) * 38),
+        torch.full(shape, torch.inf),
+        torch.full(shape, -torch.inf),
+        torch.randn(shape) * 20,
+    )
+    shift = torch.stack(kinds).gather(0, torch.randint(len(kinds), (1, *shape)))[0].to(device, dtype)
+    own = torch.arange(length) + past
+    options = {
+        "origin": ((torch.rand(batch, length, heads) * (own + 2)[:, None]).long() - 1).to(device),
+        # Some begin behind the query's own row.
+        "first": (torch.rand(batch, length) * (own + 20)).long().to(device),
+        "past": torch.tensor([past, past - 2], device=device),
+    }
+    return values, shift, options
+
+
+def results(function: Callable[..., Tensor], values: Tensor, shift: Tensor, grad: Tensor, **options: Any):
+    """Output and both gradients."""
+    values, shift = (x.detach().requires_grad_() for x in (values, shift))
+    out = function(values, shift, **options)
+    return out.detach(), *torch.autograd.grad(out, (values, shift), grad)
+
+
+def triton(values: Tensor, shift: Tensor, **options: Any) -> Tensor:
+    """The operator under test."""
+    return deform(values, shift, backend="triton", **options)
+
+
+def compare(values: Tensor, shift: Tensor, grad: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """The kernels' results, after comparison with the definition in the arithmetic's own precision."""
+    dtype = values.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    grad = torch.randn(shift.shape, device=shift.device).to(dtype) if grad is None else grad
+    got = results(triton, values, shift, grad, **options)
+    wanted = results(deform_reference, values.to(exact), shift.to(exact), grad.to(exact), **options)
+    for name, a, b in zip(NAMES, got, wanted, strict=True):
+        assert a.dtype == dtype, f"{name}: {a.dtype}, wanted {dtype}"
+        assert_close(f"{name}, T = {shift.shape[1]}", a, b, dtype, ORDER[exact] if name == NAMES[1] else 0.0)
+    return got
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms within."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def definition(device: str, length: int) -> None:
+    for dtype in DTYPES:
+        for size in (1, 2, 3, 63, 64, 65, 129):
+            if size <= length:
+                values, shift, options = problem(device, size, dtype)
+                compare(values, shift, **options)
+
+
+def long(device: str, length: int) -> None:
+    for dtype in DTYPES:
+        values, shift, options = problem(device, length, dtype, 4, 64)
+        compare(values, shift, **options)
+
+
+def not_a_number(device: str, length: int) -> None:
+    values, shift, options = problem(device, min(length, 129), torch.float32)
+    compare(values, torch.where(torch.rand_like(shift) < 0.1, torch.nan, shift), **options)
+
+
+def strided(device: str, length: int) -> None:
+    values, shift = torch.randn(2, length, 2, 8, 24, device=device).unbind(2)
+    compare(values, shift.abs(), torch.ones((), device=device).expand_as(values))
+    grad = torch.randn(24, 8, length, 2, device=device).permute(3, 2, 1, 0)
+    compare(values[..., ::3], shift[..., ::3].abs(), grad[..., ::3])
+
+
+def causal(device: str, length: int) -> None:
+    functions = [triton] if device == "cpu" else [triton, torch.compile(triton, fullgraph=True)]
+    cut = length * 3 // 4
+    for dtype in DTYPES[:3]:
+        values, shift, options = problem(device, length, dtype)
+        options["past"] = 5
+        other = values.clone()
+        other[:, 5 + cut :] = torch.nan
+        for function in functions:
+            one, two = (function(x, shift, **options)[:, :cut] for x in (values, other))
+            assert torch.equal(one, two), f"{dtype}: outputs of the past depend on the future"
+
+
+def repeatable(device: str, length: int) -> None:
+    values, shift, options = problem(device, length, torch.float32)
+    grad = torch.randn_like(shift)
+    with deterministic():
+        first = compare(values, shift, grad, **options)
+        for _ in range(3):
+            again = results(triton, values, shift, grad, **options)
+            for name, a, b in zip(NAMES, first, again, strict=True):
+                assert torch.equal(a, b), f"{name}: two runs differ"
+
+
+def compiled(device: str, length: int) -> None:
+    if device == "cpu":
+        raise NotRun("tests/ops has it for the interpreter")
+    function = torch.compile(triton, fullgraph=True)
+    for dtype in DTYPES[:3]:
+        values, shift, options = problem(device, length, dtype)
+        grad = torch.randn(shift.shape, device=device).to(dtype)
+        with deterministic():
+            both = (results(f, values, shift, grad, **options) for f in (triton, function))
+            for name, a, b in zip(NAMES, *both, strict=True):
+                assert torch.equal(a, b), f"{name}: another one when compiled, {dtype}"
+
+
+def many_rows(device: str, length: int) -> None:
+    """More batch rows than a grid has places in its second dimension."""
+    batch = 70000 if device != "cpu" else 3
+    values, shift = torch.randn(2, batch, 2, 1, 8, device=device)
+    compare(values, shift.abs())
+
+
+def wide(device: str, length: int) -> None:
+    """Past 2^31 elements: the last rows of the last batch row, where 32-bit addresses would have wrapped."""
+    if device == "cpu":
+        raise NotRun("tests/ops has it for the interpreter")
+    free, _ = torch.cuda.mem_get_info()
+    if free < WIDE_BYTES:
+        raise NotRun(f"needs {WIDE_BYTES >> 30} GiB, {free >> 30} are free")
+    shape, tail = (2, WIDE_ROWS, WIDE_HEADS, WIDE_CHANNELS), 64
+    make = {"device": device, "dtype": torch.bfloat16}
+    values, shift = torch.randn(shape, **make), torch.rand(shape, **make) * (tail / 2)
+    grad = torch.zeros(shape, **make)
+    grad[-1, -tail:] = torch.randn(tail, *shape[2:], **make)
+    out, dvalues, dshift = results(triton, values, shift, grad)
+    wanted = results(
+        deform_reference,
+        values[-1:, -2 * tail :].float(),
+        shift[-1:, -tail:].float(),
+        grad[-1:, -tail:].float(),
+        past=tail,
+    )
+    got = out[-1:, -tail:], dvalues[-1:, -2 * tail :], dshift[-1:, -tail:]
+    for name, a, b in zip(NAMES, got, wanted, strict=True):
+        assert_close(name, a, b, torch.bfloat16, ORDER[torch.float32] if name == NAMES[1] else 0.0)
+    rest = dvalues[:-1].count_nonzero() + dvalues[-1, : -2 * tail].count_nonzero()
+    assert rest == 0, "gradient of values: also at rows that nothing read"
+
+
+def anchored(device: str, length: int) -> None:
+    tokens = torch.randint(50, (3, length))
+    first = torch.where(torch.rand(3, length) < 0.05, torch.arange(length), 0).cummax(1).values
+    wanted = anchors(tokens, [1, 2, 3], first=first)
+    got = anchors(tokens.to(device), [1, 2, 3], first=first.to(device)).cpu()
+    assert torch.equal(got, wanted), "anchors differ from those of the CPU"
+
+
+CHECKS: dict[str, Callable[[str, int], None]] = {
+    "definition, T from 1 to 129, every dtype": definition,
+    "definition, long, every dtype": long,
+    "NaN shifts": not_a_number,
+    "strided tensors and gradients": strided,
+    "causality to the last bit, eager and compiled": causal,
+    "deterministic backward, run after run": repeatable,
+    "torch.compile(fullgraph=True)": compiled,
+    "70000 batch rows": many_rows,
+    "more than 2^31 elements": wide,
+    "anchors": anchored,
+}
