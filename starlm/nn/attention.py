@@ -55,7 +55,7 @@ class Attention(nn.Module):
         rotary = position if first is None else (position - first).clamp(min=0)
         q, k = (_rotate(rms(heads), rotary, self.rope_base) for heads in (q, k))
         if state is not None:
-            # Slot by slot: no padding, no mask for a single token, and no slot's length touches another's sums.
+            # Slot by slot: no padding, no mask for a single token, no rounding that depends on neighbours.
             keep = None if self.window is None else self.window - 1
             keys, values = (state.append(name, rows, keep) for name, rows in (("key", k), ("value", v)))
             parts = [
