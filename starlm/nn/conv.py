@@ -44,13 +44,13 @@ class ShortConv(nn.Module):
             rows = nn.functional.pad(rows, (0, 0, back, 0))
         else:
             rows = state.recent("conv", rows[:, :, None], back)[:, :, 0]
-        taps, start = self.taps.to(rows.dtype), None
+        taps, reach = self.taps.to(rows.dtype), None
         if first is not None:
             past = torch.tensor([0] if state is None else state.lengths, device=x.device)
             own = past[:, None] + torch.arange(length, device=x.device)
-            start = torch.minimum(first, own)
+            reach = (own - first).clamp(min=0)[..., None]
         y = 0
         for step in range(TAPS):
             row = rows[:, back - step : back - step + length] * taps[step]
-            y = y + (row if start is None else row * (own - step >= start)[..., None])
+            y = y + (row if reach is None else row * (reach >= step))
         return self.out(self.after(x) * y)

@@ -160,14 +160,16 @@ def _backward(
     return seen
 
 
-@intrinsic
-def _pointer(typingctx, address):
+def _as_pointer(typingctx, address):
     """An address as a pointer, of which `numba.carray` makes an array."""
 
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return numba.types.voidptr(numba.types.int64), codegen
+
+
+_pointer: Any = intrinsic(_as_pointer)
 
 
 @_jit
