@@ -9,11 +9,10 @@ from starlm.model.state import DecodeState
 class StarLMCache(Cache):
     """A `DecodeState` under the names that `generate` calls. `generate` makes one where none is given.
 
-    Where `max_shift` bounds the memory, assisted generation can take back as many tokens as the state's
-    `rollback`. Longer drafts need a cache of one's own::
+    To go on from one call to the next, keep it::
 
-        cache = StarLMCache(model.new_state(batch=1, rollback=256))
-        model.generate(**inputs, cache=cache, prompt_lookup_num_tokens=200)
+        cache = StarLMCache(model.new_state(batch=1))
+        model.generate(**inputs, cache=cache)
     """
 
     def __init__(self, state: DecodeState) -> None:

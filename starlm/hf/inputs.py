@@ -34,21 +34,17 @@ def first_rows(
         if first is not None:
             # Positions in the padding say nothing, nor does the first one behind it.
             begins = begins & (row > first)
-        if past and not torch.compiler.is_compiling():
-            if not begins.any():
-                return None
-            if begins[:, 1:].any():
-                raise InputError(
-                    "position_ids begin a document within a continuation of a cache. Give the cache each "
-                    "document in a call of its own, or all of them in the first."
-                )
+        if past and begins[:, 1:].any():
+            raise InputError(
+                "position_ids begin a document within a continuation of a cache. Give the cache each document "
+                "in a call of its own, or all of them in the first."
+            )
         starts = torch.where(begins, row, 0).cummax(dim=1).values
         first = starts if first is None else torch.maximum(starts, first)
-    elif past:
-        return None
-    if first is None or (not torch.compiler.is_compiling() and not first.any()):
-        return None
-    return first
+    if first is None or torch.compiler.is_compiling():
+        return first
+    # What began before this call is remembered, and that row 0 may be read needs no saying.
+    return first if (first >= max(past, 1)).any() else None
 
 
 def _behind_padding(mask: Tensor, batch: int, length: int, past: int) -> Int[Tensor, "B T"]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -19,6 +20,10 @@ from starlm.hf.config import StarLMHFConfig
 from starlm.hf.inputs import first_rows
 from starlm.model.model import StarLM
 from starlm.nn.block import Block
+
+# Tokens of a draft that assisted generation may take back from a bounded state. Drafts grow by 2 tokens with
+# each that was right to the end, from 20 on.
+DRAFT = 512
 
 
 class StarLMBlock(GradientCheckpointingLayer, Block):
@@ -55,16 +60,17 @@ class StarLMModel(PreTrainedModel):
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(StarLMBlock(block.mixer, block.mlp) for block in blocks)
 
+    def init_weights(self) -> None:
+        """Nothing: the constructor starts the weights, by the model's own recipe."""
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Start the weights that no file gave, by the model's own recipe."""
-        loaded = [p for p in self.parameters() if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(list(self.parameters())):
-            return
-        kept = [parameter.clone() for parameter in loaded]
-        StarLM.reset_parameters(self)  # type: ignore[arg-type]
-        for parameter, value in zip(loaded, kept, strict=True):
-            parameter.copy_(value)
+        """Start the weights that no file gave, by the same recipe."""
+        missing = {n: p for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+        if missing:
+            fresh = dict(StarLM(self.config.shape).named_parameters())
+            for name in missing.keys() & fresh.keys():
+                missing[name].copy_(fresh[name])
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -140,8 +146,24 @@ class StarLMForCausalLM(StarLMModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False: `forward` makes the cache."""
+        """False: what is made by default is made here."""
         return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch: int,
+        limit: int,
+    ) -> None:
+        """Put a cache into `model_kwargs`, unless there is one or none is wanted."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch, limit)
+        if model_kwargs.get("cache") is None and generation_config.use_cache:
+            rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            assisted = mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+            rollback = max(DRAFT, generation_config.prompt_lookup_num_tokens or 0) if assisted else 0
+            model_kwargs["cache"] = StarLMCache(self.new_state(rows, rollback=rollback))
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
