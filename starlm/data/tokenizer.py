@@ -29,8 +29,9 @@ SPECIAL = (
 )
 MIN_VOCAB = 256 + len(SPECIAL)
 FILE = "tokenizer.json"
-# What fills up batches in transformers. Trainers leave the pad token out of the loss, so it is one that no model
-# is to predict: the end of a tool's output, which the tool writes. With <|bos|> no model would learn to end.
+# What fills up batches in transformers. Trainers leave the pad token out of the loss, so it is one that no
+# model is to predict: the end of a tool's output, which the tool writes. With <|bos|> no model would learn to
+# end.
 PAD = "<|output_end|>"
 _CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 

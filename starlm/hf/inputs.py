@@ -36,8 +36,8 @@ def first_rows(
             begins = begins & (row > first)
         if past and begins[:, 1:].any():
             raise InputError(
-                "position_ids begin a document within a continuation of a cache. Give the cache each document "
-                "in a call of its own, or all of them in the first."
+                "position_ids begin a document within a continuation of a cache. Give the cache each "
+                "document in a call of its own, or all of them in the first."
             )
         starts = torch.where(begins, row, 0).cummax(dim=1).values
         first = starts if first is None else torch.maximum(starts, first)

@@ -29,8 +29,8 @@ _STEP = re.compile(r"step-(\d+)$")
 # Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
 _HF_KEYS = {
     "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_hidden_states", "pad_token_id",
-    "problem_type", "return_dict", "transformers_version", "use_cache",
+    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 # What transformers finds by trust_remote_code: names in a file of the folder.
