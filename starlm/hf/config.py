@@ -58,6 +58,11 @@ class StarLMHFConfig(PreTrainedConfig):
         return self.shape.width
 
     @property
+    def final_logit_softcapping(self) -> float | None:
+        """The softcap, by the name under which trainers look for it that compute logits themselves."""
+        return self.softcap or None
+
+    @property
     def num_attention_heads(self) -> int:
         """Heads per layer."""
         return self.shape.num_heads

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation.utils import GenerationMode
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -149,21 +149,31 @@ class StarLMForCausalLM(StarLMModel, GenerationMixin):
         """False: what is made by default is made here."""
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         model_kwargs: dict[str, Any],
-        mode: Any,
-        batch: int,
-        limit: int,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Put a cache into `model_kwargs`, unless there is one or none is wanted."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch, limit)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         if model_kwargs.get("cache") is None and generation_config.use_cache:
-            rows = batch * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            assisted = mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-            rollback = max(DRAFT, generation_config.prompt_lookup_num_tokens or 0) if assisted else 0
-            model_kwargs["cache"] = StarLMCache(self.new_state(rows, rollback=rollback))
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            drafts = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+            rollback = max(DRAFT, generation_config.prompt_lookup_num_tokens or 0) if drafts else 0
+            model_kwargs["cache"] = StarLMCache(self.new_state(batch_size * copies, rollback=rollback))
+
+    @property
+    def base_model(self) -> StarLMModel:
+        """The model without its head, on the same modules. TRL runs it, and the head on the rows it needs."""
+        trunk = StarLMModel.__new__(StarLMModel)
+        PreTrainedModel.__init__(trunk, self.config)
+        trunk.orders, trunk.embedding, trunk.blocks = self.orders, self.embedding, self.blocks
+        return trunk.train(self.training)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
