@@ -67,7 +67,7 @@ def run_tasks(
     # It warns of whatever it chooses by itself.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = HFLM(
-        wrapper.to(place),
+        wrapper.to(place),  # type: ignore[call-arg]
         tokenizer=AutoTokenizer.from_pretrained(folder),
         backend="causal",
         batch_size=rows,

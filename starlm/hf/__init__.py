@@ -10,6 +10,7 @@ Without the import, `trust_remote_code=True` does the same: each checkpoint has 
 imports this room, so the package must be installed either way.
 """
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from starlm.hf.cache import StarLMCache
@@ -21,3 +22,6 @@ __all__ = ["StarLMCache", "StarLMForCausalLM", "StarLMHFConfig", "StarLMModel"]
 AutoConfig.register("starlm", StarLMHFConfig)
 AutoModel.register(StarLMHFConfig, StarLMModel)
 AutoModelForCausalLM.register(StarLMHFConfig, StarLMForCausalLM)
+# `transformers serve` asks none of these, but the package itself for the class that config.json names; and
+# there can be two objects of the package in one process, so their type answers.
+type(transformers).StarLMForCausalLM = StarLMForCausalLM  # type: ignore[attr-defined]
