@@ -20,6 +20,10 @@ SHAPE_CHECKED = [
 ]
 _checks_shapes = pytest.StashKey[bool]()
 
+# What `with torch.device(...)` moves is listed at its first use: that must not meet the replaced torch.empty.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_configure(config):
     """Check the shape annotations of these modules at run time, but for `pytest -m compile`."""

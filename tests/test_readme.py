@@ -30,8 +30,9 @@ def _with_a_run(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["def f(x):\n    return x\n"], 265)
     folder = tmp_path / "runs/demo/checkpoints/step-000001"
     folder.mkdir(parents=True)
-    write_model(StarLM(StarLMConfig(depth=1, vocab_size=tokenizer.vocab_size)), folder, bos=tokenizer.bos)
-    tokenizer.save(folder / "tokenizer.json")
+    model = StarLM(StarLMConfig(depth=1, vocab_size=tokenizer.vocab_size))
+    write_model(model, folder, bos=tokenizer.bos, end_of_turn=tokenizer.end_of_turn, pad=tokenizer.pad)
+    tokenizer.save_pretrained(folder)
     write_manifest(folder)
 
 

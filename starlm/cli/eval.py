@@ -1,4 +1,4 @@
-"""starlm eval: bits per byte."""
+"""starlm eval: bits per byte, or tasks of lm-evaluation-harness."""
 
 import time
 from dataclasses import dataclass
@@ -29,8 +29,16 @@ class EvalOptions:
     """Arithmetic of the matrix products."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    lm_eval: tuple[str, ...] = ()
+    """Run these tasks of lm-evaluation-harness instead: names, or YAML files that define one."""
+    limit: int = 0
+    """Examples per task of --lm-eval; 0 takes all."""
 
     def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise InputError(f"limit must be 0 or more; got {self.limit}.")
+        if self.lm_eval and self.data:
+            raise InputError("--lm-eval tasks have data of their own. Leave out --data, or --lm-eval.")
         if self.max_tokens < 0 or self.rows < 1:
             raise InputError(
                 f"max_tokens must be 0 or more and rows at least 1; got {self.max_tokens} and {self.rows}."
@@ -39,6 +47,28 @@ class EvalOptions:
 
 def run(options: EvalOptions, console: Console) -> dict[str, Any]:
     """Measure, with progress."""
+    return _tasks(options, console) if options.lm_eval else _bits_per_byte(options, console)
+
+
+def _tasks(options: EvalOptions, console: Console) -> dict[str, Any]:
+    from starlm.evaluate.harness import run_tasks
+
+    began = time.perf_counter()
+    results = run_tasks(
+        options.model,
+        options.lm_eval,
+        limit=options.limit or None,
+        rows=options.rows,
+        precision=options.precision,
+        device=options.device,
+    )
+    console.table(
+        [(task, name, f"{value:.4f}") for task, values in results.items() for name, value in values.items()]
+    )
+    return {"model": str(options.model), "lm_eval": results, "seconds": time.perf_counter() - began}
+
+
+def _bits_per_byte(options: EvalOptions, console: Console) -> dict[str, Any]:
     folder = options.data or trained_on(options.model)
     from starlm.data.shards import TokenData
     from starlm.evaluate.bits_per_byte import evaluate

@@ -29,6 +29,11 @@ SPECIAL = (
 )
 MIN_VOCAB = 256 + len(SPECIAL)
 FILE = "tokenizer.json"
+# What fills up batches in transformers. Trainers leave the pad token out of the loss, so it is one that no
+# model is to predict: the end of a tool's output, which the tool writes. With <|bos|> no model would learn to
+# end.
+PAD = "<|output_end|>"
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 # GPT-4's split, with at most two digits to a token: a small vocabulary has no room for 1000 numbers.
 # It never keeps "<|", a word and "|>" together, so no merge can spell a special token.
@@ -70,6 +75,8 @@ class Tokenizer:
                 raise InputError(f"The tokenizer has no special token {name}. Train a tokenizer with StarLM.")
             self.special[name] = added[name]
         self.bos: int = self.special["<|bos|>"]
+        self.end_of_turn: int = self.special["<|assistant_end|>"]
+        self.pad: int = self.special[PAD]
         self._bytes = _bytes_of_tokens(inner, set(added.values()))
 
     @classmethod
@@ -150,6 +157,33 @@ class Tokenizer:
         file = path / FILE if path.is_dir() else path
         write_whole(file, self._inner.to_str(pretty=True).encode("utf-8"))
         return file
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what `AutoTokenizer` of transformers reads: the tokenizer, its settings, a chat template.
+
+        There the same text has the same ids, with <|bos|> in front, as `encode(text, bos=True)`; but names of
+        special tokens in a text become the tokens, unless it is asked for `split_special_tokens=True`.
+
+        Args:
+            folder: exists.
+
+        Raises:
+            InputError: the disk is full or the place is not writable.
+        """
+        folder = Path(folder)
+        self.save(folder / FILE)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL[0],
+            "eos_token": SPECIAL[0],
+            "pad_token": PAD,
+            "extra_special_tokens": [name for name in SPECIAL[1:] if name != PAD],
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        write_whole(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        write_whole(folder / _CHAT_TEMPLATE.name, _CHAT_TEMPLATE.read_bytes())
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`; names of special tokens in it are ordinary text.

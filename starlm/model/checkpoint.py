@@ -1,9 +1,11 @@
 """Checkpoint folders: the Hugging Face layout, verified on reading, written whole or not at all.
 
-    config.json  generation_config.json  model.safetensors  tokenizer.json  manifest.json
+    config.json  generation_config.json  model.safetensors  modeling_starlm.py  manifest.json
+    tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-`manifest.json` has the size and SHA-256 of every other file. A run folder keeps its checkpoints as
-`checkpoints/step-000300`; its last one stands for the run.
+`manifest.json` has the size and SHA-256 of every other file. `modeling_starlm.py` lets transformers load
+the folder by `trust_remote_code=True`. A run folder keeps its checkpoints as `checkpoints/step-000300`; its
+last one stands for the run.
 """
 
 import json
@@ -25,26 +27,69 @@ from starlm.settings import from_dict, to_dict
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)$")
 # Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
-_HF_KEYS = {"architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "transformers_version"}
+_HF_KEYS = {
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
+}  # fmt: skip
+WEIGHTS = "model.safetensors"
+# What transformers finds by trust_remote_code: names in a file of the folder.
+AUTO_MAP = {
+    "AutoConfig": "modeling_starlm.StarLMHFConfig",
+    "AutoModel": "modeling_starlm.StarLMModel",
+    "AutoModelForCausalLM": "modeling_starlm.StarLMForCausalLM",
+}
+REMOTE_CODE = '''"""StarLM for transformers: the code is that of the installed package starlm."""
+
+try:
+    from starlm.hf import StarLMForCausalLM, StarLMHFConfig, StarLMModel
+except ImportError as error:
+    raise ImportError(
+        "This is a StarLM model. Its code is the Python package starlm, with its extra hf, and cannot be "
+        f"imported here ({error}). Install it from its source: pip install -e 'FOLDER_OF_STARLM[hf]'"
+    ) from error
+
+__all__ = ["StarLMForCausalLM", "StarLMHFConfig", "StarLMModel"]
+'''
 
 
-def write_model(model: StarLM, folder: Path, *, bos: int | None = None) -> None:
-    """Write config, generation config and weights into an existing folder (see `whole_folder`).
+def write_model(
+    model: StarLM,
+    folder: Path,
+    *,
+    bos: int | None = None,
+    end_of_turn: int | None = None,
+    pad: int | None = None,
+) -> None:
+    """Write config, generation config, weights and remote code into an existing folder (see `whole_folder`).
 
     Args:
         bos: id of the token that begins and ends documents.
+        end_of_turn: id of the token that ends an answer; `generate` of transformers stops there too.
+        pad: id of the token that fills up batches in transformers.
     """
-    tokens = {} if bos is None else {"bos_token_id": bos, "eos_token_id": bos}
+    tokens = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": pad}
+    tokens = {name: number for name, number in tokens.items() if number is not None}
     config = {
         "architectures": ["StarLMForCausalLM"],
         "model_type": "starlm",
+        "auto_map": AUTO_MAP,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         **tokens,
         **to_dict(model.config),
     }
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.8, **tokens})
-    save_tensors(model.state_dict(), folder / "model.safetensors")
+    generation = {"do_sample": True, "temperature": 0.8, **tokens}
+    if end_of_turn is not None:
+        generation["eos_token_id"] = [bos, end_of_turn]
+    write_json(folder / "generation_config.json", generation)
+    write_remote_code(folder)
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+
+
+def write_remote_code(folder: Path) -> None:
+    """Write the file that `AUTO_MAP` names."""
+    (folder / "modeling_starlm.py").write_text(REMOTE_CODE, encoding="utf-8")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -165,8 +210,23 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> StarLM:
     config = from_dict(StarLMConfig, values, where=where)
     with torch.device("meta"):
         model = StarLM(config)
-    model.load_state_dict(_fitting(load_tensors(folder / "model.safetensors"), model, folder), assign=True)
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        tensors |= load_tensors(file)
+    model.load_state_dict(_fitting(tensors, model, folder), assign=True)
     return model.to(device).eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of weights, or, where transformers has split it, its parts."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = {str(name) for name in read_json(index)["weight_map"].values()}
+    except (AttributeError, KeyError):
+        raise InputError(f"{index} does not list the weights. Copy the checkpoint again.") from None
+    return [folder / Path(name).name for name in sorted(names)]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

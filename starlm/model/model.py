@@ -62,28 +62,33 @@ class StarLM(nn.Module):
             state: from `new_state`; gets the tokens appended.
             last_only: logits of the last token only, [B, 1, V].
         """
-        if state is None:
-            x = self.hidden(tokens, first=first)
-        else:
-            self._check_state(tokens, state)
-            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
-            x = self.hidden(tokens, first=reach, state=state)
-            state.advance(tokens.shape[1], first)
+        x = self.hidden(tokens, first=first, state=state)
         return self.logits(x[:, -1:] if last_only else x)
 
     def hidden(
         self,
         tokens: Int[Tensor, "B T"],
         *,
+        embedded: Float[Tensor, "B T D"] | None = None,
         first: Int[Tensor, "B T"] | None = None,
         state: DecodeState | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The residual stream after the last block, normalised."""
-        origins = self._origins(tokens, first, state)
-        x = rms(self.embedding(tokens))
+        """The residual stream after the last block, normalised; arguments as for `forward`.
+
+        Args:
+            embedded: read in place of the embeddings of `tokens`, which then serve the anchors alone.
+        """
+        reach = first
+        if state is not None:
+            self._check_state(tokens, state)
+            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
+        origins = self._origins(tokens, reach, state)
+        x = rms(self.embedding(tokens) if embedded is None else embedded)
         layers = [None] * len(self.blocks) if state is None else state.layers()
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, first=first, origins=origins, state=layer)
+            x = block(x, first=reach, origins=origins, state=layer)
+        if state is not None:
+            state.advance(tokens.shape[1], first)
         return rms(x)
 
     def _origins(

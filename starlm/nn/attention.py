@@ -47,9 +47,10 @@ class Attention(nn.Module):
         """Attend to rows first .. own row; arguments as for `Deformer.forward`, `origins` without effect."""
         batch, length, _ = x.shape
         q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
-        past = torch.tensor(
-            [0] * batch if state is None else state.lengths, dtype=torch.long, device=x.device
-        )
+        if state is None:
+            past = torch.zeros(batch, dtype=torch.long, device=x.device)
+        else:
+            past = torch.tensor(state.lengths, dtype=torch.long, device=x.device)
         position = past[:, None] + torch.arange(length, device=x.device)
         # Positions count from the document's start, so a packed document sees what it would see alone.
         rotary = position if first is None else (position - first).clamp(min=0)
@@ -97,7 +98,8 @@ def _attend(
         position = (past + torch.arange(length, device=q.device))[None]
         mask = _mask(position, first, num_rows, window)
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    causal = mask is None and length > 1
+    # A bool even where torch.export has a symbol for the length.
+    causal = bool(mask is None and length > 1)
     y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return y.transpose(1, 2)
 

@@ -113,8 +113,10 @@ class Run:
         path = self.folder / "checkpoints" / f"step-{step:06d}"
         sync(self.folder / "metrics.jsonl")
         with whole_folder(path) as folder:
-            write_model(model, folder, bos=tokenizer.bos)
-            tokenizer.save(folder / "tokenizer.json")
+            write_model(
+                model, folder, bos=tokenizer.bos, end_of_turn=tokenizer.end_of_turn, pad=tokenizer.pad
+            )
+            tokenizer.save_pretrained(folder)
             save_tensors(optimizers.tensors(), folder / "optimizer.safetensors")
             write_json(folder / "trainer.json", {"step": step, **extra})
             write_manifest(folder)

@@ -14,7 +14,7 @@ from starlm.files import whole_folder
 from starlm.model import checkpoint
 from starlm.model.checkpoint import find_checkpoint, load_model, verify, write_manifest, write_model
 
-FILES = ("config.json", "generation_config.json", "model.safetensors")
+FILES = ("config.json", "generation_config.json", "model.safetensors", "modeling_starlm.py")
 
 
 def write(model, path):
@@ -66,6 +66,7 @@ def test_hugging_face_layout(tmp_path):
         assert config["architectures"] == ["StarLMForCausalLM"]
         assert config["dtype"] == name
         assert config["bos_token_id"] == config["eos_token_id"] == 0
+        assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_starlm.StarLMForCausalLM"
         assert config["layers"] == "DA"
         assert {file.name for file in folder.iterdir()} == {*FILES, "manifest.json"}
     with (folder / "model.safetensors").open("rb") as file:
@@ -87,7 +88,7 @@ def test_truncated_file(folder, file, keep, manifest):
     path.write_bytes(path.read_bytes()[:keep])
     if manifest:
         refused(lambda: load_model(folder), str(folder), file, "is damaged", "Copy the checkpoint again")
-    elif file != "generation_config.json":
+    elif file in ("config.json", "model.safetensors"):
         (folder / "manifest.json").unlink()
         refused(lambda: load_model(folder), str(path), "Copy")
 

@@ -1,0 +1,96 @@
+"""Tasks of lm-evaluation-harness, on the model as transformers has it."""
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starlm.device import has_bfloat16, pick_device
+from starlm.errors import InputError, StarLMError
+from starlm.model.checkpoint import find_checkpoint, verify
+
+
+def run_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    rows: int = 8,
+    precision: str = "auto",
+    device: str = "auto",
+) -> dict[str, dict[str, float]]:
+    """The numbers of each task, by name of the measure.
+
+    Contexts are cut on the left to the model's `context`, as they were in training, and begin with <|bos|>.
+
+    Args:
+        model: run or checkpoint folder.
+        tasks: names that the harness knows, or paths of YAML files that define one.
+        limit: examples per task; None takes all.
+        rows: sequences per forward pass.
+        precision: auto, float32 or bfloat16.
+        device: auto, cpu, cuda, or cuda:N.
+
+    Raises:
+        InputError: no usable checkpoint, an unknown task, or the extra `eval` is not installed.
+        StarLMError: the harness could not run a task.
+    """
+    folder = find_checkpoint(model)
+    verify(folder)
+    if find_spec("lm_eval") is None or find_spec("transformers") is None:
+        raise InputError(
+            "--lm-eval needs lm-evaluation-harness, which is not installed. Install StarLM with its extra: "
+            "pip install -e '.[eval]'"
+        )
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.manager import TaskManager
+    from transformers import AutoTokenizer
+
+    from starlm.hf import StarLMForCausalLM
+
+    place = pick_device(device)
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(place))
+    files = [task for task in tasks if Path(task).is_file()]
+    # It reads thousands of files to know its own tasks.
+    manager = TaskManager(include_defaults=len(files) < len(tasks))
+    for task in tasks:
+        if task not in files and task not in manager.all_tasks:
+            raise InputError(
+                f"lm-evaluation-harness knows no task {task!r}, and no file has that name. Its tasks: "
+                f"lm-eval ls tasks."
+            )
+    wrapper: Any = StarLMForCausalLM.from_pretrained(folder)
+    # It warns of whatever it chooses by itself.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    harness = HFLM(
+        wrapper.to(place),  # type: ignore[call-arg]
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        backend="causal",
+        batch_size=rows,
+        add_bos_token=True,
+        mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
+    )
+    try:
+        found: Any = simple_evaluate(
+            harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        raise StarLMError(
+            f"lm-evaluation-harness could not run {', '.join(tasks)}: {type(error).__name__}: {text}. "
+            f"Without a network, a task must read its data from files."
+        ) from error
+    return {task: _numbers(measures) for task, measures in found["results"].items()}
+
+
+def _numbers(measures: dict[str, Any]) -> dict[str, float]:
+    """Name -> number; the harness's names end with the filter of the answers, mostly none."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in measures.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,78 @@
+"""StarLMConfig as a transformers config."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from starlm.model.checkpoint import AUTO_MAP, write_remote_code
+from starlm.model.config import StarLMConfig
+from starlm.settings import from_dict, to_dict
+
+_FIELDS = tuple(field.name for field in fields(StarLMConfig))
+
+
+class StarLMHFConfig(PreTrainedConfig):
+    """The fields of `StarLMConfig`, with its defaults and its checks, beside those of `PreTrainedConfig`.
+
+    Names that other libraries look for are derived: `hidden_size`, `num_hidden_layers`,
+    `num_attention_heads`, `max_position_embeddings` (the context of training; generation may go further).
+
+    Example:
+        >>> config = StarLMHFConfig(depth=2, preset="gated")
+        >>> config.hidden_size, config.shape.num_heads
+        (128, 4)
+    """
+
+    model_type = "starlm"
+    attribute_map = {"num_hidden_layers": "depth", "max_position_embeddings": "context"}  # noqa: RUF012
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Args: kwargs: fields of `StarLMConfig`, and what `PreTrainedConfig` takes.
+
+        Raises:
+            InputError: an impossible value.
+        """
+        renamed = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        given = {name: renamed.pop(name) for name in _FIELDS if name in renamed}
+        for name, value in to_dict(from_dict(StarLMConfig, given, where="the config")).items():
+            setattr(self, name, value)
+        self.bos_token_id = self.eos_token_id = self.pad_token_id = None
+        self.auto_map = dict(AUTO_MAP)
+        super().__post_init__(**renamed)
+
+    @property
+    def shape(self) -> StarLMConfig:
+        """What the model is, as StarLM has it.
+
+        Raises:
+            InputError: an impossible value was set.
+        """
+        return from_dict(StarLMConfig, {name: getattr(self, name) for name in _FIELDS}, where="the config")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the residual stream."""
+        return self.shape.width
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """The softcap, by the name under which trainers look for it that compute logits themselves."""
+        return self.softcap or None
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads per layer."""
+        return self.shape.num_heads
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
+        """Write config.json, and the file that lets others load the model by `trust_remote_code=True`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote_code(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: `auto_map` names a file that imports this package, so no source need be copied."""

@@ -1,0 +1,107 @@
+"""lm-evaluation-harness asks the model what the model itself says."""
+
+import json
+
+import pytest
+import torch
+
+from starlm.cli.main import main
+from starlm.data.tokenizer import Tokenizer
+from starlm.files import whole_folder
+from starlm.model.checkpoint import write_manifest, write_model
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+
+# What the harness and the libraries under it warn of when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+QUESTIONS = [
+    {"question": "def f(x):", "choices": [" return", " print", " x"], "answer": 0},
+    {"question": "for name", "choices": [" in", " f", " names"], "answer": 1},
+    {"question": "x", "choices": ["y", " = 1", "x x x"], "answer": 2},
+]
+TASK = """
+task: toy
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A random model in runs/x, and a task in toy.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"], 270)
+    model = StarLM(StarLMConfig(depth=1, dim=32, heads=8, context=64, vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    with whole_folder(tmp_path / "runs/x") as folder:
+        write_model(model, folder, bos=tokenizer.bos, pad=tokenizer.pad)
+        tokenizer.save_pretrained(folder)
+        write_manifest(folder)
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in QUESTIONS))
+    (tmp_path / "toy.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
+    return model.eval(), tokenizer
+
+
+def likeliest(model, tokenizer, question):
+    """The choice whose tokens the model finds likeliest after the question."""
+    asked = tokenizer.encode(question["question"], bos=True)
+    chances = []
+    for choice in question["choices"]:
+        tokens = tokenizer.encode(question["question"] + choice, bos=True)
+        with torch.no_grad():
+            logs = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        chances.append(sum(logs[n - 1, tokens[n]].item() for n in range(len(asked), len(tokens))))
+    return chances.index(max(chances))
+
+
+def test_accuracy_is_that_of_the_model(model, capsys):
+    right = [likeliest(*model, question) == question["answer"] for question in QUESTIONS]
+    assert main(["eval", "--model", "runs/x", "--lm-eval", "toy.yaml", "--json"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["lm_eval"]["toy"]["acc"] == pytest.approx(sum(right) / 3)
+    assert main(["eval", "--model", "runs/x", "--lm-eval", "toy.yaml", "--limit", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["lm_eval"]["toy"]["acc"] == right[0]
+
+
+def test_what_cannot_be_run(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "questions.jsonl").unlink()
+    command = ["eval", "--model", "runs/x", "--lm-eval", "toy.yaml"]
+    assert main(command) == 1
+    assert "lm-evaluation-harness could not run toy.yaml" in capsys.readouterr().err
+    assert main([*command, "--data", "d"]) == 2
+    assert "Leave out --data" in capsys.readouterr().err
+    assert main([*command, "--limit", "-1"]) == 2
+    assert "limit must be 0 or more" in capsys.readouterr().err
+    assert main(["eval", "--model", "nowhere", "--lm-eval", "toy.yaml"]) == 2
+    assert "There is no model at nowhere" in capsys.readouterr().err
+    monkeypatch.setattr("starlm.evaluate.harness.find_spec", lambda name: None)
+    assert main(command) == 2
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_unknown_task(model, capsys):
+    """The harness reads all of its own tasks first."""
+    assert main(["eval", "--model", "runs/x", "--lm-eval", "no_such_task"]) == 2
+    assert "knows no task 'no_such_task'" in capsys.readouterr().err
