@@ -13,7 +13,7 @@ from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
-from starlm.nn.heads import LONGEST
+from starlm.nn.heads import LONGEST, MATCH
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
 from starlm.ops import anchors, longest
@@ -99,7 +99,7 @@ class StarLM(nn.Module):
             return {}
         found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
         origins = dict(zip(self.orders, found.unbind(-1), strict=True))
-        if "longest" in self.config.head_kinds:
+        if MATCH in self.orders:
             origins[LONGEST] = longest(origins)
         return origins
 

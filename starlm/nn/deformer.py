@@ -208,7 +208,7 @@ class Deformer(nn.Module):
         return state.read(stream, values, z, origin=origin, first=first)
 
     def _boxes(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
-        width = (z / 2).exp().clamp(min=1, max=self.max_shift)
+        width = (z / 2).exp().clamp(min=1, max=None if self.max_shift is None else max(1, self.max_shift))
         if state is None:
             mean, width = box(prefix_sums(values), width, first=first)
         else:

@@ -31,6 +31,7 @@ BOUNDED = {
     "gated, bounded": {"preset": "gated", "max_shift": 9, "shift_init": 3.0},
     "mixed, bounded": {"layers": "DA", "preset": "gated", "max_shift": 5},
     "star, bounded": {**STAR, "max_shift": 6},
+    "star, own row": {**STAR, "max_shift": 0},
 }
 # Past 4096 tokens, cut where blocks of kernels begin, at both ends, and where bf16 cannot count on.
 LONG = 4097
