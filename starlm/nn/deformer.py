@@ -234,7 +234,7 @@ class Deformer(nn.Module):
         origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
         past: int = 0,
     ) -> dict[str, Reads]:
-        """Where `forward` reads for the same arguments: by stream, `value`, or `query` and `key` of `product`.
+        """Where `forward` reads for the same arguments: of stream `value`, or, product, `query` and `key`.
 
         Args:
             past: tokens before x, whose rows a decode state holds.

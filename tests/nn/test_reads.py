@@ -85,7 +85,7 @@ def test_another_row_gives_another_output():
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_bounds(name):
-    """Rows lie between the document's first and the query's own; -1, and only there, where there is no anchor."""
+    """Rows lie between the document's first and the query's own; -1 exactly where there is no anchor."""
     layer, x, tokens = make(name)
     own = torch.arange(T)[None, :, None, None]
     first = torch.minimum(FIRST, own[..., 0, 0])[:, :, None, None]
