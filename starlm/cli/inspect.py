@@ -26,7 +26,7 @@ class InspectOptions:
     png: Path | None = None
     """Picture to write beside it (.png): the arcs of one token, and how far back every layer reads."""
     token: int | None = None
-    """The token whose arcs are drawn first, counted from 0, the beginning of the document; default the last."""
+    """The token whose arcs are drawn first, counted from 0, where the document begins; default the last."""
     draw: int = 256
     """At most this many tokens are drawn, around the chosen one; figures count all."""
     device: str = "auto"
@@ -52,8 +52,13 @@ def run(options: InspectOptions, console: Console) -> dict[str, Any]:
     token = _token(options.token, len(tokens))
     begin = max(0, min(token - options.draw // 2, len(tokens) - options.draw))
     found = reads(model.model, tokens, begin=begin, end=begin + options.draw)
+    drawn = range(found.begin, found.end)
+    read = {row for head in found.heads for rows in head.rows for row, _ in rows}
     names = model.tokenizer.names
-    texts = [names.get(n) or visible(model.tokenizer.token_bytes(n)) for n in tokens[found.begin : found.end]]
+    texts = {
+        row: names.get(tokens[row]) or visible(model.tokenizer.token_bytes(tokens[row]))
+        for row in sorted(read.union(drawn))
+    }
     data = {"title": str(options.model), "token": token, "texts": texts, **asdict(found)}
     files = [write_page(data, options.out, token=token)]
     if options.png is not None:

@@ -27,7 +27,7 @@ SHARE, PARTS = 0.01, 10
 LAYERS = {"D": "deformer", "A": "attention", "W": "windowed attention", "C": "convolution"}
 # Tokens that go through the model in one call.
 _CHUNK = 512
-# The largest distance of each bucket in which reads are counted: each token its own up to 1024, beyond to 1 %,
+# The largest distance of each bucket in which reads are counted: every one up to 1024 tokens, beyond to 1 %,
 # with every power of two among them. So a million tokens take no more memory than a thousand.
 _EDGES = torch.from_numpy(
     np.concatenate([np.arange(1024), np.round(2.0 ** np.linspace(10, 40, 30 * 70 + 1))]).astype(np.int64)

@@ -28,7 +28,8 @@ def write_page(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
     """Write the page; its path.
 
     Args:
-        data: the fields of `TextReads`, and `title`, and `texts` of the tokens from `begin` to `end`.
+        data: the fields of `TextReads`, `title`, and `texts`: by number, of each token from `begin` to `end`
+            and of those that these read.
         out: ends in .html.
         token: the one that is chosen when the page opens.
 
@@ -46,8 +47,9 @@ def write_page(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
         layers=_layers(data, kinds),
         heads=data["heads"],
         streams=len({head["stream"] for head in data["heads"]}) > 1,
-        data={**{name: data[name] for name in ("begin", "texts", "layers", "heads")}, "token": token},
+        data={**{name: data[name] for name in ("begin", "end", "texts", "layers", "heads")}, "token": token},
         bins=bin_names(data["bins"]),
+        furthest=short(max(data["bins"], default=0)),
         version=__version__,
     )
     _write(out, page.encode())
