@@ -255,7 +255,7 @@ class Tally:
             median=median,
             p90=p90,
             max=furthest,
-            nothing=round(1 - total / asked, 6) if asked else 0.0,
+            nothing=max(round(1 - total / asked, 6), 0.0) if asked else 0.0,
         )
 
     def groups(self, layer: int) -> Iterator[GroupReads]:
