@@ -35,6 +35,9 @@ class InspectOptions:
     def __post_init__(self) -> None:
         if self.text is not None and self.prompt_file is not None:
             raise InputError("Give the text once: --text or --prompt-file.")
+        for name, path, ending in (("out", self.out, ".html"), ("png", self.png, ".png")):
+            if path is not None and path.suffix != ending:
+                raise InputError(f"{name} must end in {ending}; got {path}.")
         if self.draw < 1:
             raise InputError(f"draw must be 1 or more; got {self.draw}.")
 

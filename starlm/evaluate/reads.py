@@ -242,7 +242,9 @@ class Tally:
         """The reach of these heads together."""
         counts, furthest = self._counts[heads].sum(0), int(self._furthest[heads].max())
         total, asked = counts.sum().item(), self._asked * len(heads)
-        below = (counts.cumsum(0) / total if total else counts).contiguous()
+        if not total:
+            return Reach(histogram=(), median=0, p90=0, max=0, nothing=float(asked > 0))
+        below = counts.cumsum(0) / total
         # Rounding may leave the last sum just below 1.
         median, p90 = (
             min(int(_EDGES[torch.searchsorted(below, share - 1e-9)]), furthest) for share in (0.5, 0.9)
@@ -251,11 +253,11 @@ class Tally:
         at_bins = below[torch.searchsorted(_EDGES, torch.tensor(BINS[:size]))]
         histogram = at_bins.diff(prepend=at_bins.new_zeros(1)).tolist()
         return Reach(
-            histogram=tuple(round(share, 6) for share in histogram) if total else (),
+            histogram=tuple(round(share, 6) for share in histogram),
             median=median,
             p90=p90,
             max=furthest,
-            nothing=max(round(1 - total / asked, 6), 0.0) if asked else 0.0,
+            nothing=max(round(1 - total / asked, 6), 0.0),
         )
 
     def groups(self, layer: int) -> Iterator[GroupReads]:

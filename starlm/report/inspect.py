@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from starlm.errors import InputError
 from starlm.files import readable_os_errors, write_whole
 from starlm.report.page import template
 from starlm.version import __version__
@@ -30,14 +29,11 @@ def write_page(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
     Args:
         data: the fields of `TextReads`, `title`, and `texts`: by number, of each token from `begin` to `end`
             and of those that these read.
-        out: ends in .html.
         token: the one that is chosen when the page opens.
 
     Raises:
-        InputError: another file name, or a place that cannot be written.
+        InputError: a place that cannot be written.
     """
-    if out.suffix != ".html":
-        raise InputError(f"The page's name must end in .html; got {out}.")
     kinds = kinds_of(data["groups"])
     page = template("inspect.html.jinja", html=True).render(
         title=data["title"],

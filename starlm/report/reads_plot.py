@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
-from starlm.errors import InputError
 from starlm.files import readable_os_errors, write_whole
 from starlm.report.inspect import kinds_of, series, short
 
@@ -29,7 +28,7 @@ def write_picture(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
         token: the one whose arcs are drawn.
 
     Raises:
-        InputError: another file name, or a place that cannot be written.
+        InputError: a place that cannot be written.
     """
     return _write(data, out, token)
 
@@ -47,8 +46,6 @@ def write_histograms(data: Mapping[str, Any], out: Path) -> Path:
 
 
 def _write(data: Mapping[str, Any], out: Path, token: int | None) -> Path:
-    if out.suffix != ".png":
-        raise InputError(f"The picture's name must end in .png; got {out}.")
     kinds = kinds_of(data["groups"])
     layers = sum(layer == "deformer" for layer in data["layers"])
     top = [] if token is None else [3]
