@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from runs import write_model_folder  # noqa: E402
+from runs import write_model_folder
 
 TEXT = "def f(x):\n    return x\ndef f(x):\n"
 

@@ -1,20 +1,15 @@
 """What is told of a text's reads, against counts by hand and against the gradients of the model itself."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from models import KINDS, make_model
 
-sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("model", "nn")]
-
-from models import KINDS, make_model  # noqa: E402
-
-from starlm.errors import InputError  # noqa: E402
-from starlm.evaluate import reads as module  # noqa: E402
-from starlm.evaluate.reads import BINS, Head, Tally, reads, watching  # noqa: E402
-from starlm.nn.deformer import Reads  # noqa: E402
+from starlm.errors import InputError
+from starlm.evaluate import reads as module
+from starlm.evaluate.reads import BINS, Head, Tally, reads, watching
+from starlm.nn.deformer import Reads
 
 TOKENS = torch.randint(8, (41,), generator=torch.Generator().manual_seed(3)).tolist()
 
