@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
+from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 
@@ -59,19 +60,9 @@ def answer(
     """
     if render is None:
         return model.stream(as_text(messages), max_tokens=max_tokens, **asdict(sampling))
-    return _spoken(model, render(messages), max_tokens, sampling)
-
-
-def _spoken(model: TextModel, tokens: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
-    ends = {model.tokenizer.special[name] for name in ENDS}
-    text = model.tokenizer.stream()
-    for token in model.tokens(tokens, max_tokens, sampling):
-        if token in ends:
-            break
-        if piece := text.push(token):
-            yield piece
-    if rest := text.flush():
-        yield rest
+    stop_ids = model.stop_ids | {model.tokenizer.special[name] for name in ENDS}
+    speaker = TextModel(model.model, model.tokenizer, stop_ids=stop_ids)
+    return speaker.answer(Request(tokens=render(messages), max_tokens=max_tokens, sampling=sampling))
 
 
 def as_text(messages: Sequence[Message]) -> str:

@@ -97,6 +97,14 @@ class TextModel:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             begin=begin,
         )
+        return self.answer(request)
+
+    def answer(self, request: Request) -> Iterator[str]:
+        """The text of one answer, in pieces of whole characters, as they come.
+
+        Raises:
+            InputError: a request whose decode state does not fit into memory.
+        """
         engine = Engine(self, slots=1, prefill_chunk=CHUNK, cache_bytes=0)
         return (piece.text for piece in engine.submit(request))
 
