@@ -81,17 +81,17 @@ def _token(token: int | None, length: int) -> int:
 
 
 def _say(data: dict[str, Any], console: Console) -> None:
-    rows = [("layer", "kind", "heads", "median", "90 %", "max", "nothing")]
+    rows: list[list[str]] = [["layer", "kind", "heads", "median", "90 %", "max", "nothing"]]
     for group in data["groups"]:
         reach = group["reach"]
-        figures = (f"{reach[name]:,}" for name in ("median", "p90", "max"))
+        figures = [f"{reach[name]:,}" for name in ("median", "p90", "max")]
         nothing = f"{reach['nothing']:.1%}" if reach["nothing"] else ""
-        rows.append((str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing))
+        rows.append([str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing])
     console.table(rows)
     others = [name for name in data["layers"] if name != "deformer"]
     if others:
         console.say(
-            f"Left out, because they choose no rows: {len(others)} layers ({', '.join(sorted(set(others)))})."
+            f"Layers left out, because they choose no rows: {len(others)} ({', '.join(sorted(set(others)))})."
         )
     console.say()
 

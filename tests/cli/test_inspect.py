@@ -36,7 +36,7 @@ def test_page_picture_and_data(command, model):
     embedded = json.loads(re.search(r'id="data">(.*?)</script>', Path("a/b.html").read_text(), re.DOTALL)[1])
     assert embedded["heads"] == done.json["heads"]
     assert Path("a/b.html").stat().st_size > 10_000
-    assert "Left out, because they choose no rows: 1 layers (attention)" in done.err
+    assert "Layers left out, because they choose no rows: 1 (attention)" in done.err
     assert re.search(r"^1 +trigram +1 ", done.err, re.MULTILINE)
 
 
