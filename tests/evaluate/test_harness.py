@@ -55,21 +55,23 @@ def _model(tmp_path, monkeypatch):
         tokenizer.save_pretrained(folder)
         write_manifest(folder)
     questions = []
-    for number in range(12):
+    while len(questions) < 12:
         asked, choices = "".join(random.sample(PIECES, 2)), random.sample(PIECES, 4)
-        # Right are the model's own choices, but for the last questions.
-        answer = (likeliest(model.eval(), tokenizer, asked, choices) + (number >= 9)) % 4
-        questions.append({"question": asked, "choices": choices, "answer": answer})
+        chosen, otherwise = (likeliest(model.eval(), tokenizer, asked, choices, bos) for bos in (True, False))
+        # Only what is answered otherwise without <|bos|>. Right is the model's own choice, but for the last.
+        if chosen != otherwise:
+            answer = (chosen + (len(questions) >= 9)) % 4
+            questions.append({"question": asked, "choices": choices, "answer": answer})
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     (tmp_path / "toy.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
 
 
-def likeliest(model, tokenizer, question, choices):
+def likeliest(model, tokenizer, question, choices, bos):
     """The choice whose tokens the model finds likeliest after the question."""
-    asked = tokenizer.encode(question, bos=True)
+    asked = tokenizer.encode(question, bos=bos)
     chances = []
     for choice in choices:
-        tokens = tokenizer.encode(question + choice, bos=True)
+        tokens = tokenizer.encode(question + choice, bos=bos)
         with torch.no_grad():
             logs = model(torch.tensor([tokens]))[0].log_softmax(-1)
         chances.append(sum(logs[n - 1, tokens[n]].item() for n in range(len(asked), len(tokens))))
