@@ -1,6 +1,7 @@
 """lm-evaluation-harness asks the model what the model itself says."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -15,11 +16,7 @@ from starlm.model.model import StarLM
 # What the harness and the libraries under it warn of when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-QUESTIONS = [
-    {"question": "def f(x):", "choices": [" return", " print", " x"], "answer": 0},
-    {"question": "for name", "choices": [" in", " f", " names"], "answer": 1},
-    {"question": "x", "choices": ["y", " = 1", "x x x"], "answer": 2},
-]
+PIECES = (" return", " print", "x", " in", "f(", " names", ":\n", "    ", "def", " = 1", "y", ")")
 TASK = """
 task: toy
 dataset_path: json
@@ -42,11 +39,12 @@ metadata:
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def _model(tmp_path, monkeypatch):
     """A random model in runs/x, and a task in toy.yaml."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    random.seed(0)
     tokenizer = Tokenizer.train(["def f(x):\n    return x\n"], 270)
     model = StarLM(StarLMConfig(depth=1, dim=32, heads=8, context=64, vocab_size=tokenizer.vocab_size))
     with torch.no_grad():
@@ -56,35 +54,43 @@ def model(tmp_path, monkeypatch):
         write_model(model, folder, bos=tokenizer.bos, pad=tokenizer.pad)
         tokenizer.save_pretrained(folder)
         write_manifest(folder)
-    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in QUESTIONS))
+    questions = []
+    while len(questions) < 12:
+        asked, choices = "".join(random.sample(PIECES, 2)), random.sample(PIECES, 4)
+        chosen, otherwise = (likeliest(model.eval(), tokenizer, asked, choices, bos) for bos in (True, False))
+        # Only what is answered otherwise without <|bos|>. Right is the model's own choice, but for the last.
+        if chosen != otherwise:
+            answer = (chosen + (len(questions) >= 9)) % 4
+            questions.append({"question": asked, "choices": choices, "answer": answer})
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     (tmp_path / "toy.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
-    return model.eval(), tokenizer
 
 
-def likeliest(model, tokenizer, question):
+def likeliest(model, tokenizer, question, choices, bos):
     """The choice whose tokens the model finds likeliest after the question."""
-    asked = tokenizer.encode(question["question"], bos=True)
+    asked = tokenizer.encode(question, bos=bos)
     chances = []
-    for choice in question["choices"]:
-        tokens = tokenizer.encode(question["question"] + choice, bos=True)
+    for choice in choices:
+        tokens = tokenizer.encode(question + choice, bos=bos)
         with torch.no_grad():
             logs = model(torch.tensor([tokens]))[0].log_softmax(-1)
         chances.append(sum(logs[n - 1, tokens[n]].item() for n in range(len(asked), len(tokens))))
     return chances.index(max(chances))
 
 
-def test_accuracy_is_that_of_the_model(model, capsys):
-    right = [likeliest(*model, question) == question["answer"] for question in QUESTIONS]
+@pytest.mark.usefixtures("_model")
+def test_accuracy_is_that_of_the_model(capsys):
     assert main(["eval", "--model", "runs/x", "--lm-eval", "toy.yaml", "--json"]) == 0
     said = capsys.readouterr()
     result = json.loads(said.out.splitlines()[-1])
-    assert result["lm_eval"]["toy"]["acc"] == pytest.approx(sum(right) / 3)
-    assert main(["eval", "--model", "runs/x", "--lm-eval", "toy.yaml", "--limit", "1", "--json"]) == 0
+    assert result["lm_eval"]["toy"]["acc"] == 9 / 12
+    assert main(["eval", "--model", "runs/x", "--lm-eval", "toy.yaml", "--limit", "5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["lm_eval"]["toy"]["acc"] == right[0]
+    assert result["lm_eval"]["toy"]["acc"] == 1
 
 
-def test_what_cannot_be_run(model, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("_model")
+def test_what_cannot_be_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "questions.jsonl").unlink()
     command = ["eval", "--model", "runs/x", "--lm-eval", "toy.yaml"]
     assert main(command) == 1
@@ -101,7 +107,8 @@ def test_what_cannot_be_run(model, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_unknown_task(model, capsys):
+@pytest.mark.usefixtures("_model")
+def test_an_unknown_task(capsys):
     """The harness reads all of its own tasks first."""
     assert main(["eval", "--model", "runs/x", "--lm-eval", "no_such_task"]) == 2
     assert "knows no task 'no_such_task'" in capsys.readouterr().err

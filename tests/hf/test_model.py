@@ -150,6 +150,13 @@ def test_padding_changes_nothing(kind):
         logits = wrapper(rows, attention_mask=mask).logits
         for found, kept, tokens in zip(logits, mask.bool(), sequences, strict=True):
             torch.testing.assert_close(found[kept], model(tokens[None])[0])
+
+
+@pytest.mark.parametrize("kind", FEW)
+@torch.no_grad()
+def test_padding_changes_nothing_that_is_generated(kind):
+    model, wrapper = make_pair(kind)
+    sequences = [make_tokens(n) for n in (9, 1, 14)]
     rows, mask = padded(sequences, "left", 14)
     generated = wrapper.generate(rows, attention_mask=mask, **OPTIONS)
     beams = wrapper.generate(rows, attention_mask=mask, num_beams=2, **OPTIONS)
