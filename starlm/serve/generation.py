@@ -8,10 +8,10 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request as HTTPRequest
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from starlm.errors import InputError
@@ -182,31 +182,34 @@ async def answer(
         http.scope["starlm.log"] = generation.close()
 
 
-@dataclass(frozen=True)
-class EventStream:
-    """An answer as server-sent events; an ASGI application."""
+class EventStream(Response):
+    """An answer as server-sent events."""
 
-    generation: Generation
-    reply: Reply
-    choices: int
-    include_usage: bool
-    timeout: float
-    """Seconds."""
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, generation: Generation, reply: Reply, choices: int, *, include_usage: bool, timeout: float
+    ) -> None:
+        """Args:
+        generation: submitted.
+        reply: the form.
+        choices: how many.
+        include_usage: whether the last chunk says how many tokens it were.
+        timeout: seconds.
+        """
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.generation, self.reply, self.choices = generation, reply, choices
+        self.include_usage, self.timeout = include_usage, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, or until the client is gone or the time is up."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
-
         async def write(data: str) -> None:
             text = f"data: {data}\n\n"
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
         async def stream() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in self._events():
                     await write(json.dumps(event, ensure_ascii=False))
