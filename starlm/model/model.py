@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
-from starlm.model.state import DecodeState
+from starlm.model.state import DecodeState, Slot
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.conv import ShortConv
@@ -78,8 +78,8 @@ class StarLM(nn.Module):
         """The residual stream after the last block, normalised."""
         origins = self._origins(tokens, first, state)
         x = rms(self.embedding(tokens))
-        for index, block in enumerate(self.blocks):
-            layer = None if state is None else state.layers[index]
+        layers = [None] * len(self.blocks) if state is None else state.layers()
+        for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, first=first, origins=origins, state=layer)
         return rms(x)
 
@@ -117,9 +117,23 @@ class StarLM(nn.Module):
         )
         return loss.view(targets.shape) if reduction == "none" else loss
 
-    def new_state(self, batch: int = 1, *, rollback: int = 64) -> DecodeState:
-        """An empty decode state of `batch` sequences; see `DecodeState`."""
-        return DecodeState(len(self.blocks), batch, rollback=rollback, orders=self.orders)
+    def new_state(
+        self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None
+    ) -> DecodeState:
+        """An empty decode state of `batch` sequences (slots).
+
+        Args:
+            rollback: tokens that `crop` can give back where `max_shift` or a window bounds the memory.
+                Without a bound any crop is possible.
+            rows_device: where anchored heads keep their rows, which grow with the context; default the
+                model's device. "cpu" keeps them in host memory: their reads take place there, and per token
+                and head only the new row, the shifts and what was read travel.
+        """
+        place = None if rows_device is None else torch.device(rows_device)
+        return DecodeState(
+            Slot(len(self.blocks), rollback=rollback, orders=self.orders, rows_device=place)
+            for _ in range(batch)
+        )
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes that a decode state of one sequence must hold after `num_tokens` tokens.
@@ -144,9 +158,9 @@ class StarLM(nn.Module):
         return rows + index * num_tokens
 
     def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
-        if state.batch != tokens.shape[0] or len(state.layers) != len(self.blocks):
+        if state.batch != tokens.shape[0] or state.num_layers != len(self.blocks):
             raise InputError(
-                f"The decode state has {state.batch} slots and {len(state.layers)} layers; the tokens have "
+                f"The decode state has {state.batch} slots and {state.num_layers} layers; the tokens have "
                 f"batch {tokens.shape[0]}, the model {len(self.blocks)} layers. Use model.new_state(batch)."
             )
 

@@ -1,6 +1,6 @@
 """The decode state: everything that a model remembers of the tokens it has read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -8,14 +8,71 @@ from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
-from starlm.nn.state import LayerState
+from starlm.nn.state import LayerState, Streams
+
+
+class Slot:
+    """What is remembered of one sequence: rows per layer, and the index of its n-grams."""
+
+    def __init__(
+        self, num_layers: int, *, rollback: int, orders: Sequence[int], rows_device: torch.device | None
+    ) -> None:
+        """Args: see `StarLM.new_state`; orders: n of the n-grams that heads are anchored to."""
+        self.length = 0
+        # (row, first) for each row from which on tokens read another `first` than those before: crop falls
+        # back to the one before. The tokens before any of them read from row 0.
+        self.starts: list[tuple[int, int]] = []
+        self.layers = [Streams(rollback) for _ in range(num_layers)]
+        self.rollback, self.rows_device = rollback, rows_device
+        self.index = None
+        if orders:
+            from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
+
+            self.index = NgramIndex(orders)
+
+    @property
+    def first(self) -> int:
+        """The first row that the next tokens may read: that of the last one."""
+        return self.starts[-1][1] if self.starts else 0
+
+    @property
+    def oldest(self) -> int:
+        """The fewest tokens above 0 that a crop can leave."""
+        return max((layer.oldest for layer in self.layers), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory held."""
+        rows = sum(layer.num_bytes for layer in self.layers)
+        return rows + (self.index.num_bytes if self.index else 0)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens, which it is known to be able to."""
+        self.length = length
+        if self.index:
+            self.index.crop(length)
+        while self.starts and self.starts[-1][0] >= length:
+            self.starts.pop()
+        if not length:
+            for layer in self.layers:
+                layer.clear()
+
+    def copy(self, length: int) -> "Slot":
+        """An independent copy of the first `length` tokens, which a crop could leave."""
+        other = Slot(len(self.layers), rollback=self.rollback, orders=(), rows_device=self.rows_device)
+        other.layers = [layer.copy(length) for layer in self.layers]
+        other.starts, other.length = list(self.starts), self.length
+        other.index = self.index.copy() if self.index else None
+        other.crop(length)
+        return other
 
 
 class DecodeState:
-    """State of `batch` independent sequences (slots) in a model of `num_layers` layers.
+    """State of independent sequences (slots) in a model; made by `StarLM.new_state`.
 
-    `model(tokens, state=state)` appends tokens and moves the state on; the logits are those of one full
-    forward. Slots may have different lengths. `crop` moves a pointer; `fork` and `reorder` copy.
+    `model(tokens, state=state)` appends tokens to every slot and moves the state on; the logits are those of
+    one full forward. Slots may have different lengths. `pick` and `join` share slots, so any choice of slots
+    runs in one call; `crop` moves a pointer; `fork` and `reorder` copy.
 
     Example:
         >>> from starlm import StarLM, StarLMConfig
@@ -28,50 +85,65 @@ class DecodeState:
         [1]
     """
 
-    def __init__(
-        self, num_layers: int, batch: int = 1, *, rollback: int = 64, orders: Sequence[int] = ()
-    ) -> None:
-        """Args:
-        num_layers: layers of the model.
-        batch: number of slots.
-        rollback: tokens that `crop` can give back where `max_shift` bounds the memory. Without a bound
-            any crop is possible.
-        orders: n of the n-grams that heads are anchored to.
-        """
-        self.rollback = rollback
-        self.lengths = [0] * batch
-        # (row, first) per slot, for each row from which on tokens read another `first` than those before:
-        # crop falls back to the one before. The tokens before any of them read from row 0.
-        self.starts: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
-        self.layers = [LayerState(self.lengths, rollback) for _ in range(num_layers)]
-        self.orders = tuple(orders)
-        self.indices = _indices(self.orders, batch)
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        """Args: slots: of one model, each once; they are shared, not copied."""
+        self.slots = list(slots)
+        if not self.slots or len({id(slot) for slot in self.slots}) < len(self.slots):
+            raise InputError(
+                f"A decode state needs at least one slot, and each only once; got {len(self.slots)}. To "
+                f"repeat a slot, copy it: state.reorder([0, 0])."
+            )
+
+    @classmethod
+    def join(cls, states: Iterable["DecodeState"]) -> "DecodeState":
+        """One state of all their slots, shared: tokens appended to it are appended to them."""
+        return cls(slot for state in states for slot in state.slots)
+
+    def pick(self, slots: Sequence[int]) -> "DecodeState":
+        """One state of the slots named, in that order, shared as by `join`."""
+        return DecodeState(self.slots[slot] for slot in slots)
 
     @property
     def batch(self) -> int:
         """Number of slots."""
-        return len(self.lengths)
+        return len(self.slots)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each slot."""
+        return [slot.length for slot in self.slots]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.slots[0].layers)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory that the state holds."""
-        rows = sum(rows.num_bytes for layer in self.layers for rows in layer.streams.values())
-        return rows + sum(index.num_bytes for index in self.indices)
+        """Bytes of memory that the slots hold, room to grow included."""
+        return sum(slot.num_bytes for slot in self.slots)
+
+    def layers(self) -> list[LayerState]:
+        """For each layer its part of the state, for one call of the model."""
+        lengths, place = self.lengths, self.slots[0].rows_device
+        columns = zip(*(slot.layers for slot in self.slots), strict=True)
+        return [LayerState(streams, lengths, place) for streams in columns]
 
     def anchors(self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T N"]:
         """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens."""
         ids = tokens.cpu().numpy()
         starts = [None] * self.batch if first is None else list(first.long().cpu().numpy())
         found = []
-        for slot, (index, start) in enumerate(zip(self.indices, starts, strict=True)):
+        for number, (slot, start) in enumerate(zip(self.slots, starts, strict=True)):
+            assert slot.index is not None
             # After a call that failed halfway the index may be ahead.
-            index.crop(self.lengths[slot])
-            found.append(index.append(ids[slot], start))
+            slot.index.crop(slot.length)
+            found.append(slot.index.append(ids[number], start))
         return torch.from_numpy(np.stack(found)).to(tokens.device)
 
     def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
         """The first row that the next `length` tokens may read: that of the last token; None for row 0."""
-        rows = [starts[-1][1] if starts else 0 for starts in self.starts]
+        rows = [slot.first for slot in self.slots]
         if not any(rows):
             return None
         return torch.tensor(rows, device=device)[:, None].expand(-1, length)
@@ -79,12 +151,12 @@ class DecodeState:
     def advance(self, length: int, first: Int[Tensor, "B T"] | None = None) -> None:
         """Count `length` more tokens in every slot; the layers have appended their rows already."""
         if first is not None:
-            for starts, begin, rows in zip(self.starts, self.lengths, first.tolist(), strict=True):
-                for row, wanted in enumerate(rows, begin):
-                    if wanted != (starts[-1][1] if starts else 0):
-                        starts.append((row, wanted))
-        for slot in range(self.batch):
-            self.lengths[slot] += length
+            for slot, rows in zip(self.slots, first.tolist(), strict=True):
+                for row, wanted in enumerate(rows, slot.length):
+                    if wanted != slot.first:
+                        slot.starts.append((row, wanted))
+        for slot in self.slots:
+            slot.length += length
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Forget all but the first `lengths` tokens of each slot (one number for all, or one each).
@@ -92,40 +164,37 @@ class DecodeState:
         Raises:
             InputError: more tokens than there are, or, with `max_shift`, more than `rollback` given back.
         """
-        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
-        for slot, (keep, have) in enumerate(zip(wanted, self.lengths, strict=True)):
-            if not 0 <= keep <= have:
-                raise InputError(f"Cannot crop slot {slot} to {keep} tokens: it has {have}.")
-            for layer in self.layers:
-                layer.check_crop(slot, keep)
-        for slot, keep in enumerate(wanted):
-            self.lengths[slot] = keep
-            if self.indices:
-                self.indices[slot].crop(keep)
-            starts = self.starts[slot]
-            while starts and starts[-1][0] >= keep:
-                starts.pop()
-            if not keep:
-                for layer in self.layers:
-                    layer.clear(slot)
+        wanted = self._lengths(lengths)
+        for slot, keep in zip(self.slots, wanted, strict=True):
+            slot.crop(keep)
 
     def reorder(self, slots: Sequence[int]) -> "DecodeState":
         """A copy whose slot i is this state's slot slots[i]; slots may repeat (beam search, n samples)."""
-        chosen = DecodeState(len(self.layers), len(slots), rollback=self.rollback, orders=self.orders)
-        chosen.indices = [self.indices[slot].copy() for slot in slots] if self.indices else []
-        chosen.lengths[:] = [self.lengths[slot] for slot in slots]
-        chosen.starts = [list(self.starts[slot]) for slot in slots]
-        chosen.layers = [layer.select(slots, chosen.lengths) for layer in self.layers]
-        return chosen
+        return DecodeState(self.slots[slot].copy(self.slots[slot].length) for slot in slots)
 
-    def fork(self, copies: int = 1) -> "DecodeState":
-        """An independent copy; each slot `copies` times in a row."""
-        return self.reorder([slot for slot in range(self.batch) for _ in range(copies)])
+    def fork(self, copies: int = 1, *, lengths: int | Sequence[int] | None = None) -> "DecodeState":
+        """An independent copy; each slot `copies` times in a row.
 
+        Args:
+            lengths: copy only so many tokens, as if the copy were cropped.
 
-def _indices(orders: tuple[int, ...], batch: int) -> list:
-    if not orders:
-        return []
-    from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
+        Raises:
+            InputError: as for `crop`.
+        """
+        wanted = self.lengths if lengths is None else self._lengths(lengths)
+        pairs = zip(self.slots, wanted, strict=True)
+        return DecodeState(slot.copy(keep) for slot, keep in pairs for _ in range(copies))
 
-    return [NgramIndex(orders) for _ in range(batch)]
+    def _lengths(self, lengths: int | Sequence[int]) -> list[int]:
+        """One length per slot, all of them possible for a crop."""
+        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        for number, (slot, keep) in enumerate(zip(self.slots, wanted, strict=True)):
+            if not 0 <= keep <= slot.length:
+                raise InputError(f"Cannot crop slot {number} to {keep} tokens: it has {slot.length}.")
+            if 0 < keep < (oldest := slot.oldest):
+                raise InputError(
+                    f"Cannot crop slot {number} to {keep} tokens: its bounded rows only reach back to "
+                    f"{oldest}. Fork the state before generating, or ask for more rollback "
+                    f"(now {slot.rollback} tokens)."
+                )
+        return wanted

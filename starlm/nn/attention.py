@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from starlm.nn.linear import init_matrix, linear
 from starlm.nn.norm import rms
-from starlm.nn.state import LayerState, local
+from starlm.nn.state import LayerState
 
 
 class Attention(nn.Module):
@@ -56,25 +56,50 @@ class Attention(nn.Module):
         q, k = rms(q), rms(k)
         if self.rope_base:
             q, k = (_rotate(heads, rotary, self.rope_base) for heads in (q, k))
-        if state is None and self.window is not None and self.window < length:
-            y = _windowed(q, k, v, first, self.window)
-            return self.out(y.flatten(-2))
-        mask = None
         if state is not None:
+            # Slot by slot: no padding, no mask for a single token, no rounding that depends on neighbours.
             keep = None if self.window is None else self.window - 1
-            k, base = state.append("key", k, keep=keep)
-            v, _ = state.append("value", v, keep=keep)
-            first, start = local(first, state.lengths, base, x)
-            position = position - torch.tensor(base, device=x.device)[:, None]
-            # One token, or the first call: nothing to mask within equally long slots.
-            if first is not None or not isinstance(start, int) or (start and length > 1) or self.window:
-                mask = _mask(position, first, k.shape[1], self.window)
-        elif first is not None:
-            mask = _mask(position, first, length, None)
-        causal = mask is None and length > 1
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(y.transpose(1, 2).flatten(-2))
+            keys, values = (state.append(name, rows, keep) for name, rows in (("key", k), ("value", v)))
+            parts = [
+                _attend(
+                    q[slot : slot + 1],
+                    k,
+                    v,
+                    None if first is None else first[slot : slot + 1] - base,
+                    self.window,
+                )
+                for slot, ((k, base), (v, _)) in enumerate(zip(keys, values, strict=True))
+            ]
+            y = torch.cat(parts)
+        elif self.window is not None and self.window < length:
+            y = _windowed(q, k, v, first, self.window)
+        else:
+            y = _attend(q, k, v, first, None)
+        return self.out(y.flatten(-2))
+
+
+def _attend(
+    q: Float[Tensor, "B T H C"],
+    k: Float[Tensor, "B S H C"],
+    v: Float[Tensor, "B S H C"],
+    first: Int[Tensor, "B T"] | None,
+    window: int | None,
+) -> Float[Tensor, "B T H C"]:
+    """Attention of the last T of S rows to rows first .. own row, of those only the last `window`."""
+    length, num_rows = q.shape[1], k.shape[1]
+    if window is not None and num_rows > window + length - 1:
+        cut = num_rows - (window + length - 1)
+        k, v, num_rows = k[:, cut:], v[:, cut:], num_rows - cut
+        first = None if first is None else first - cut
+    past, mask = num_rows - length, None
+    # One token, or none before: there is nothing to mask but the future.
+    if first is not None or (length > 1 and (past or (window is not None and window < length))):
+        position = (past + torch.arange(length, device=q.device))[None]
+        mask = _mask(position, first, num_rows, window)
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    causal = mask is None and length > 1
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.transpose(1, 2)
 
 
 def _mask(position: Tensor, first: Tensor | None, num_rows: int, window: int | None) -> Tensor:

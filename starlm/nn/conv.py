@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.nn.linear import init_matrix, linear
-from starlm.nn.state import LayerState, local
+from starlm.nn.state import LayerState
 
 TAPS = 3
 
@@ -38,23 +38,19 @@ class ShortConv(nn.Module):
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the last 3 tokens; arguments as for `Deformer.forward`, `origins` without effect."""
-        batch, length, _ = x.shape
-        rows = self.before(x) * self.value(x)
+        length = x.shape[1]
+        rows, back = self.before(x) * self.value(x), TAPS - 1
         if state is None:
-            past = torch.zeros(batch, dtype=torch.long, device=x.device)
+            rows = nn.functional.pad(rows, (0, 0, back, 0))
         else:
-            kept, base = state.append("conv", rows[:, :, None], keep=TAPS - 1)
-            rows = kept[:, :, 0]
-            first, start = local(first, state.lengths, base, x)
-            past = torch.as_tensor(start, device=x.device).expand(batch)
-        own = past[:, None] + torch.arange(length, device=x.device)
-        start = torch.zeros_like(own) if first is None else torch.minimum(first, own)
-        taps = self.taps.to(rows.dtype)
+            rows = state.recent("conv", rows[:, :, None], back)[:, :, 0]
+        taps, reach = self.taps.to(rows.dtype), None
+        if first is not None:
+            past = torch.tensor([0] if state is None else state.lengths, device=x.device)
+            own = past[:, None] + torch.arange(length, device=x.device)
+            reach = (own - first).clamp(min=0)[..., None]
         y = 0
-        for back in range(TAPS):
-            if state is None:
-                row = nn.functional.pad(rows, (0, 0, back, 0))[:, :length]
-            else:
-                row = rows.gather(1, (own - back).clamp(min=0)[..., None].expand_as(x))
-            y = y + row * ((own - back >= start)[..., None] * taps[back])
+        for step in range(TAPS):
+            row = rows[:, back - step : back - step + length] * taps[step]
+            y = y + (row if reach is None else row * (reach >= step))
         return self.out(self.after(x) * y)

@@ -11,7 +11,7 @@ from starlm.errors import InputError
 from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 from starlm.nn.linear import init_matrix, linear
 from starlm.nn.norm import rms
-from starlm.nn.state import LayerState, local
+from starlm.nn.state import LayerState
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
 
@@ -191,9 +191,7 @@ class Deformer(nn.Module):
             reach = reach.clamp(max=self.max_shift)
         if state is None:
             return deform(values, reach, first=first)
-        rows, base = state.append(stream, values, keep=self.max_shift)
-        first, past = local(first, state.lengths, base, values)
-        return deform(rows, reach, first=first, past=past)
+        return state.read(stream, values, reach, keep=self.max_shift, first=first)
 
     def _anchored(
         self,
@@ -207,18 +205,13 @@ class Deformer(nn.Module):
         origin = torch.stack([origins[n] for n in self.orders], dim=-1)
         if state is None:
             return deform(values, z, origin=origin, first=first)
-        rows, base = state.append(stream, values, keep=None)
-        first, past = local(first, state.lengths, base, values)
-        return deform(rows, z, origin=origin, first=first, past=past)
+        return state.read(stream, values, z, origin=origin, first=first)
 
     def _boxes(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
         width = (z / 2).exp().clamp(min=1, max=self.max_shift)
         if state is None:
             mean, width = box(prefix_sums(values), width, first=first)
         else:
-            sums = prefix_sums(values, state.row_at_end(stream, values, torch.float64))
-            rows, base = state.append(stream, sums, keep=self.max_shift)
-            first, past = local(first, state.lengths, base, values)
-            mean, width = box(rows, width, first=first, past=past)
+            mean, width = state.box(stream, values, width, keep=self.max_shift, first=first)
         # Without gradient: the width is learned from what the window holds, not from its size.
         return (mean * width.detach().clamp(max=BOX_SCALE).sqrt()).to(values.dtype)

@@ -1,86 +1,90 @@
-"""Rows that a layer keeps while decoding: append, then read everything that is still reachable."""
-
-from collections.abc import Sequence
+"""Rows that a layer keeps of one sequence while decoding: append, then read all that is still reachable."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows up to which a bounded buffer is made in full at once.
-SMALL = 1024
+# Rows up to which a bounded buffer is made in full at once, and rows that a copy can take before it grows.
+SMALL, SPARE = 1024, 64
 
 
 class Rows:
-    """Append-only rows [B, S, H, C], one position per batch row (slot); bounded, if asked, to the last ones.
+    """Append-only rows [S, H, C] of one sequence; bounded, if asked, to the last ones.
 
-    Absolute row r of slot b lies at r - base[b]. Memory grows by doubling, with `keep` up to about twice that
-    many rows: when the buffer is full then, the last `keep` rows move to its front.
+    Absolute row r lies at data[r - base]. Memory grows by doubling, with `keep` up to about twice that many
+    rows: when the buffer is full then, the last `keep` rows move to its front.
     """
 
     def __init__(self, keep: int | None = None) -> None:
         """Args: keep: how many of the last rows must stay readable; None keeps all."""
-        self.keep = keep
-        self.base: list[int] = []
+        self.keep, self.base, self.size = keep, 0, 0
         self.data: Tensor | None = None
+        # Where `data` begins in memory: asking a tensor for it takes longer than an append.
+        self.address = 0
 
-    def append(
-        self, rows: Float[Tensor, "B T H C"], lengths: Sequence[int]
-    ) -> tuple[Float[Tensor, "B S H C"], list[int]]:
-        """Write `rows` behind the first `lengths[b]` absolute rows of each slot.
+    def append(self, rows: Float[Tensor, "T H C"], length: int) -> Float[Tensor, "S H C"]:
+        """Write `rows` behind the first `length` absolute rows; all rows from `base` on."""
+        start = self.reserve(len(rows), length, rows)
+        assert self.data is not None
+        self.data[start : self.size] = rows
+        return self.data[: self.size]
 
-        Returns:
-            All rows from base[b] on (what lies beyond a slot's end is undefined), and each slot's base:
-            the absolute row that stands at 0.
+    def reserve(self, count: int, length: int, like: Tensor) -> int:
+        """Make room for `count` rows behind absolute row `length`; where in `data` the first belongs.
+
+        What stands there is undefined until it is written. Rows that `keep` no longer asks for may go.
+
+        Args:
+            like: rows [..., H, C] of the same dtype and device.
         """
-        length = rows.shape[1]
-        self._reserve(rows, lengths)
-        assert self.data is not None
-        starts = [n - base for n, base in zip(lengths, self.base, strict=True)]
-        if len(set(starts)) == 1:
-            self.data[:, starts[0] : starts[0] + length] = rows
-        else:
-            for slot, start in enumerate(starts):
-                self.data[slot, start : start + length] = rows[slot]
-        return self.data[:, : max(starts) + length], list(self.base)
+        if self.data is None or length - self.base + count > self.data.shape[0]:
+            self._grow(count, length, like)
+        start = length - self.base
+        self.size = start + count
+        return start
 
-    def row(self, slot: int, number: int) -> Float[Tensor, "H C"]:
-        """Absolute row `number` of a slot."""
-        assert self.data is not None
-        return self.data[slot, number - self.base[slot]]
-
-    def _reserve(self, rows: Tensor, lengths: Sequence[int]) -> None:
-        """Make room for the new rows; drop, if bounded, those that `keep` no longer asks for."""
-        batch, length, *shape = rows.shape
-        self.base = self.base or [0] * batch
-        capacity = 0 if self.data is None else self.data.shape[1]
-        needed = max(n - base for n, base in zip(lengths, self.base, strict=True)) + length
-        if self.data is not None and needed <= capacity:
-            return
-        old, old_base = self.data, list(self.base)
-        capacity = max(2 * capacity, needed, 64 if self.keep is None else SMALL)
-        if self.keep is not None and capacity >= (full := self.keep + max(self.keep, length, 64)):
-            self.base = [max(base, n - self.keep) for base, n in zip(old_base, lengths, strict=True)]
-            capacity = full
+    def _grow(self, count: int, length: int, like: Tensor) -> None:
+        old, was = self.data, self.base
+        capacity = 0 if old is None else old.shape[0]
+        smallest = SPARE if self.keep is None else SMALL
+        capacity = max(2 * capacity, length - was + count, smallest)
+        if self.keep is not None and capacity >= (full := self.keep + max(self.keep, count, SPARE)):
+            self.base = max(was, length - self.keep)
             # A buffer that one long call had stretched shrinks again here.
-            reuse = old is not None and old.shape[1] == capacity
-            if reuse and old is not None:
-                for slot, (n, base, was) in enumerate(zip(lengths, self.base, old_base, strict=True)):
-                    old[slot, : n - base] = old[slot, base - was : n - was].clone()
+            capacity = full
+        if old is None:
+            self.data = _empty(capacity, like)
+        else:
+            kept = old[self.base - was : length - was]
+            if capacity == old.shape[0]:
+                old[: len(kept)] = kept.clone()
                 return
-        self.data = rows.new_zeros(batch, capacity, *shape)
-        if old is not None:
-            for slot, (n, base, was) in enumerate(zip(lengths, self.base, old_base, strict=True)):
-                self.data[slot, : n - base] = old[slot, base - was : n - was]
+            self.data = _empty(capacity, like)
+            self.data[: len(kept)] = kept
+        self.address = self.data.data_ptr()
 
-    def select(self, slots: Sequence[int]) -> "Rows":
-        """A copy with the slots named, in that order; a slot may be named several times."""
-        chosen = Rows(self.keep)
+    def row(self, number: int) -> Float[Tensor, "H C"]:
+        """Absolute row `number`."""
+        assert self.data is not None
+        return self.data[number - self.base]
+
+    def copy(self, length: int) -> "Rows":
+        """An independent copy of the rows before absolute row `length`."""
+        other = Rows(self.keep)
         if self.data is not None:
-            chosen.base = [self.base[slot] for slot in slots]
-            chosen.data = self.data[torch.tensor(slots, device=self.data.device)]
-        return chosen
+            other.base, other.size = self.base, max(0, min(self.size, length - self.base))
+            other.data = _empty(min(self.data.shape[0], other.size + SPARE), self.data)
+            other.data[: other.size] = self.data[: other.size]
+            other.address = other.data.data_ptr()
+        return other
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory held."""
-        return 0 if self.data is None else self.data.nbytes
+        """Bytes of memory held, the room to grow included."""
+        return 0 if self.data is None else self.data.untyped_storage().nbytes()
+
+
+def _empty(capacity: int, like: Tensor) -> Tensor:
+    # An ordinary tensor even under inference_mode: the state may go on under another mode.
+    with torch.inference_mode(False):
+        return torch.empty(capacity, *like.shape[-2:], dtype=like.dtype, device=like.device)

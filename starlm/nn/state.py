@@ -1,85 +1,215 @@
-"""What one layer remembers while decoding."""
+"""What layers remember while decoding: named streams of rows, for each sequence (slot) its own."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.errors import InputError
 from starlm.nn.rows import Rows
+from starlm.ops import deform
+from starlm.ops.box import box, prefix_sums
+
+# What the kernel that reads many slots at once can hold.
+_FUSED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Streams:
+    """The streams of rows that one layer keeps of one sequence."""
+
+    def __init__(self, rollback: int) -> None:
+        """Args: rollback: how many tokens a bounded stream can give back."""
+        self.rollback = rollback
+        self.rows: dict[str, Rows] = {}
+
+    def get(self, name: str, keep: int | None) -> Rows:
+        """The stream of this name; a new one is read at most `keep` rows back, None for all."""
+        rows = self.rows.get(name)
+        if rows is None:
+            rows = self.rows[name] = Rows(None if keep is None else keep + self.rollback)
+        return rows
+
+    @property
+    def oldest(self) -> int:
+        """The fewest tokens above 0 that a crop can leave: what bounded streams still have the rows for."""
+        reach = ((rows.base, rows.keep) for rows in self.rows.values())
+        return max(
+            (base + keep - self.rollback for base, keep in reach if base and keep is not None), default=0
+        )
+
+    def clear(self) -> None:
+        """Forget all rows; the memory stays."""
+        for rows in self.rows.values():
+            rows.base = rows.size = 0
+
+    def copy(self, length: int) -> "Streams":
+        """An independent copy of what `length` tokens need."""
+        other = Streams(self.rollback)
+        # Sums are kept one row ahead.
+        other.rows = {name: rows.copy(length + 1) for name, rows in self.rows.items()}
+        return other
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(rows.num_bytes for rows in self.rows.values())
 
 
 class LayerState:
-    """Named streams of rows of one layer, all of them `lengths[b]` rows long in slot b."""
+    """The slots of one layer during one call of the model: each of B sequences has its own streams.
 
-    def __init__(self, lengths: list[int], rollback: int) -> None:
+    Every method appends the rows of T new tokens to a stream of every slot, and reads. `first` holds absolute
+    rows, as for `Deformer.forward`.
+    """
+
+    def __init__(
+        self, slots: Sequence[Streams], lengths: Sequence[int], rows_device: torch.device | None = None
+    ) -> None:
         """Args:
-        lengths: tokens per slot, shared with the decode state that moves it on.
-        rollback: how many tokens a bounded stream can give back.
+        slots: of this layer, one per sequence.
+        lengths: tokens that each slot has before the call.
+        rows_device: where rows that are read by an origin are kept; None for the model's device.
         """
-        self.lengths, self.rollback = lengths, rollback
-        self.streams: dict[str, Rows] = {}
+        self.slots, self.lengths, self.rows_device = slots, lengths, rows_device
 
-    def append(self, stream: str, rows: Tensor, keep: int | None) -> tuple[Tensor, list[int]]:
-        """Append rows [B, T, H, C] to a stream; see `Rows.append`.
+    def append(
+        self, stream: str, rows: Float[Tensor, "B T H C"], keep: int | None
+    ) -> list[tuple[Float[Tensor, "1 S H C"], int]]:
+        """For each slot all its rows, the new ones last, and the absolute row that stands first among them.
 
         Args:
             keep: how far back this stream is read at most; None for all of it.
         """
-        if stream not in self.streams:
-            self.streams[stream] = Rows(None if keep is None else keep + self.rollback)
-        return self.streams[stream].append(rows, self.lengths)
+        kept = []
+        for slot, length, new in zip(self.slots, self.lengths, rows, strict=True):
+            held = slot.get(stream, keep)
+            kept.append((held.append(new, length)[None], held.base))
+        return kept
 
-    def row_at_end(self, stream: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The row at `lengths[b]` of a stream that is kept one row ahead: [B, 1, H, C]; zeros in empty slots.
+    def read(
+        self,
+        stream: str,
+        values: Float[Tensor, "B T H C"],
+        shift: Float[Tensor, "B T H C"],
+        *,
+        keep: int | None = None,
+        origin: Int[Tensor, "B T H"] | None = None,
+        first: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T H C"]:
+        """`deform` of the stream's rows; see `append` for `keep`."""
+        if origin is not None and self.rows_device is not None and self.rows_device != values.device:
+            place = self.rows_device
+            start = None if first is None else first.to(place)
+            there = self._read(stream, values.to(place), shift.to(place), keep, origin.to(place), start)
+            return there.to(values.device)
+        return self._read(stream, values, shift, keep, origin, first)
 
-        Args:
-            like: rows [B, T, H, C] of the same size, on the right device.
+    def _read(
+        self,
+        stream: str,
+        values: Tensor,
+        shift: Tensor,
+        keep: int | None,
+        origin: Tensor | None,
+        first: Tensor | None,
+    ) -> Tensor:
+        if self._is_step(values, shift):
+            table = self._reserve(stream, keep, values, first, ahead=0)
+            if table is not None:
+                from starlm.ops import cpu  # numba takes half a second to import
+
+                return cpu.step(*table, values, shift, origin)
+        read = []
+        for slot, (rows, base) in enumerate(self.append(stream, values, keep)):
+            one = slice(slot, slot + 1)
+            start = _local(first, one, base)
+            anchor = None if origin is None else origin[one] - base if base else origin[one]
+            past = self.lengths[slot] - base
+            read.append(deform(rows, shift[one], origin=anchor, first=start, past=past))
+        return _joined(read)
+
+    def box(
+        self,
+        stream: str,
+        values: Float[Tensor, "B T H C"],
+        width: Float[Tensor, "B T H C"],
+        *,
+        keep: int | None = None,
+        first: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T H C"], Float[Tensor, "B T H C"]]:
+        """`starlm.ops.box.box` of the values, whose sums the stream holds, one row ahead."""
+        # The sum that goes on must stay.
+        keep = None if keep is None else max(keep, 1)
+        if self._is_step(values, width):
+            zero = values.new_zeros(1, *values.shape[2:], dtype=torch.float64)
+            for streams, length in zip(self.slots, self.lengths, strict=True):
+                if not length:
+                    streams.get(stream, keep).append(zero, 0)
+            table = self._reserve(stream, keep, zero, first, ahead=1)
+            if table is not None:
+                from starlm.ops import cpu
+
+                _, end, start = table
+                available = torch.from_numpy(end - np.minimum(start[:, 0], end - 1))
+                width = torch.minimum(width, available.to(width.dtype)[:, None, None, None])
+                return cpu.step_sums(*table, values, width) / width, width
+        means, widths = [], []
+        for slot, (streams, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
+            one, rows = slice(slot, slot + 1), streams.get(stream, keep)
+            sums = prefix_sums(values[one], rows.row(length)[None, None] if length else None)
+            kept = rows.append(sums[0], length)[None]
+            start = _local(first, one, rows.base)
+            mean, clipped = box(kept, width[one], first=start, past=length - rows.base)
+            means.append(mean)
+            widths.append(clipped)
+        return _joined(means), _joined(widths)
+
+    def recent(self, stream: str, rows: Float[Tensor, "B T H C"], back: int) -> Float[Tensor, "B T2 H C"]:
+        """The last `back` rows before the new ones, zeros where there were none, and the new ones."""
+        found = []
+        for kept, _ in self.append(stream, rows, keep=back):
+            part = kept[:, -(back + rows.shape[1]) :]
+            missing = back + rows.shape[1] - part.shape[1]
+            found.append(torch.nn.functional.pad(part, (0, 0, 0, 0, missing, 0)))
+        return _joined(found)
+
+    def _is_step(self, values: Tensor, shift: Tensor) -> bool:
+        """Whether one call of the fused kernel serves all slots: one token each, nothing to differentiate."""
+        return (
+            values.shape[1] == 1
+            and values.device.type == "cpu"
+            and values.dtype in _FUSED
+            and (shift.dtype != torch.float64 or values.dtype == torch.float64)
+            and not (torch.is_grad_enabled() and (values.requires_grad or shift.requires_grad))
+        )
+
+    def _reserve(
+        self, stream: str, keep: int | None, like: Tensor, first: Tensor | None, ahead: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """For each slot the address of the stream's rows, its rows before the new one, and its first row.
+
+        None if a slot began in another dtype or on another device. A stream may be kept some rows `ahead`.
         """
-        row = like.new_zeros(like.shape[0], 1, *like.shape[2:], dtype=dtype)
-        if stream in self.streams:
-            for slot, length in enumerate(self.lengths):
-                if length:
-                    row[slot, 0] = self.streams[stream].row(slot, length)
-        return row
-
-    def check_crop(self, slot: int, length: int) -> None:
-        """Raise InputError if a bounded stream no longer has the rows that `length` tokens would need."""
-        for rows in self.streams.values():
-            if rows.keep is None or not rows.base[slot] or not length:
-                continue
-            oldest = rows.base[slot] + rows.keep - self.rollback
-            if length < oldest:
-                raise InputError(
-                    f"Cannot crop slot {slot} to {length} tokens: its bounded rows only reach back to "
-                    f"{oldest}. Fork the state before generating, or ask for more rollback "
-                    f"(now {self.rollback} tokens)."
-                )
-
-    def clear(self, slot: int) -> None:
-        """Forget one slot's rows."""
-        for rows in self.streams.values():
-            if rows.base:
-                rows.base[slot] = 0
-
-    def select(self, slots: Sequence[int], lengths: list[int]) -> "LayerState":
-        """A copy with the slots named; `lengths` is the new decode state's."""
-        chosen = LayerState(lengths, self.rollback)
-        chosen.streams = {name: rows.select(slots) for name, rows in self.streams.items()}
-        return chosen
+        places = np.empty((2, len(self.slots)), np.int64)
+        starts = np.zeros((len(self.slots), 1), np.int64) if first is None else first.numpy().astype(np.int64)
+        for slot, (streams, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
+            rows = streams.get(stream, keep)
+            places[1, slot] = rows.reserve(1, length + ahead, like)
+            places[0, slot] = rows.address
+            if rows.data is None or rows.data.dtype != like.dtype or rows.data.device != like.device:
+                return None
+            if rows.base and first is not None:
+                starts[slot] = max(starts[slot, 0] - rows.base, 0)
+        return places[0], places[1], starts
 
 
-def local(
-    first: Int[Tensor, "B T"] | None, lengths: list[int], base: list[int], like: Tensor
-) -> tuple[Int[Tensor, "B T"] | None, Int[Tensor, " B"] | int]:
-    """`first` and `past` counted from each slot's base instead of from its first token.
+def _local(first: Tensor | None, one: slice, base: int) -> Tensor | None:
+    """`first` of one slot, counted from `base`."""
+    if first is None:
+        return None
+    return (first[one] - base).clamp(min=0) if base else first[one]
 
-    Args:
-        like: a tensor on the right device.
-    """
-    starts = [n - b for n, b in zip(lengths, base, strict=True)]
-    past = starts[0] if len(set(starts)) == 1 else torch.tensor(starts, device=like.device)
-    if first is not None and any(base):
-        first = (first - torch.tensor(base, device=like.device)[:, None]).clamp(min=0)
-    return first, past
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -15,7 +15,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # Below this many elements a thread hand-over costs more than the work.
@@ -159,6 +160,51 @@ def _backward(
     return seen
 
 
+def _as_pointer(typingctx, address):
+    """An address as a pointer, of which `numba.carray` makes an array."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), codegen
+
+
+_pointer: Any = intrinsic(_as_pointer)
+
+
+@_jit
+def _step(addresses, past, first, values, shift, heads, origin, out, rows, fraction, begin, end):
+    """For sequences begin .. end: write the row `past` of the buffer at each address, and `_forward`."""
+    seen = out[0, 0, 0]
+    for b in range(begin, end):
+        place = _pointer(addresses[b])
+        source = numba.carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
+        source[0, past[b]] = values[b, 0]
+        own = slice(b, b + 1)
+        o = None if origin is None else origin[own]
+        target = (heads, o, first[own], past[own], out[own], rows, fraction)
+        seen = max(seen, _forward(source, shift[own], *target, 0, 1))
+    return seen
+
+
+@_jit
+def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction, begin, end):
+    """As `_step`, for buffers of sums: row `past` gets the one before and the value; `out` its lead."""
+    seen = out[0, 0, 0]
+    for b in range(begin, end):
+        place = _pointer(addresses[b])
+        source = numba.carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
+        before, new = source[0, past[b] - 1], source[0, past[b]]
+        for c in range(new.size):
+            new[c] = before[c] + _widen(values[b, 0, c])
+        own = slice(b, b + 1)
+        target = (heads, None, first[own], past[own], out[own], rows, fraction)
+        seen = max(seen, _forward(source, shift[own], *target, 0, 1))
+        for c in range(new.size):
+            out[b, 0, c] = new[c] - out[b, 0, c]
+    return seen
+
+
 def forward(
     values: Tensor, shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
 ) -> Tensor:
@@ -175,6 +221,60 @@ def forward(
     batch, length = shift.shape[:2]
     _spread(work, batch * length, shift.numel())
     return out.to(values.dtype)
+
+
+def step(
+    addresses: np.ndarray,
+    past: np.ndarray,
+    first: np.ndarray,
+    values: Tensor,
+    shift: Tensor,
+    origin: Tensor | None,
+) -> Tensor:
+    """Append one row to each of B buffers and read it, as `forward` would with `values` the whole buffer.
+
+    Args:
+        addresses: of B buffers [S, H, C] in the dtype of `values`: float32, float64 or bfloat16.
+        past: rows that each buffer has; there is room for one more.
+        first: [B, 1]; see `starlm.ops.deform`, as for `origin`.
+        values: the new rows [B, 1, H, C].
+        shift: [B, 1, H, C], float64 only if `values` are.
+    """
+    exact = _exact(values, shift)
+    out = torch.empty(shift.shape, dtype=values.dtype)
+    heads = _heads(shift, origin, 1)
+    arrays = [addresses, past, first, _array(values, exact), _array(shift, exact), heads]
+    arrays += [None if origin is None else _index(origin), _array(out, exact)]
+    _run_steps(_step, arrays, shift, heads, exact)
+    return out
+
+
+def step_sums(
+    addresses: np.ndarray, past: np.ndarray, first: np.ndarray, values: Tensor, width: Tensor
+) -> Tensor:
+    """Append the sums of one more row to B buffers of prefix sums; the sum of the last `width` rows.
+
+    Args:
+        addresses: of B buffers [S, H, C] of prefix sums in float64.
+        past: sums that each buffer has, one at the least; there is room for one more.
+        first, values: as for `step`, values in any of its dtypes.
+        width: rows, [B, 1, H, C].
+
+    Returns:
+        [B, 1, H, C] in float64.
+    """
+    exact, heads = torch.float64, _heads(width, None, 1)
+    out = torch.empty(width.shape, dtype=exact)
+    arrays = [addresses, past, first, _array(values, _exact(values, values)), _array(width, exact), heads]
+    _run_steps(_step_sums, [*arrays, _array(out, exact)], width, heads, exact)
+    return out
+
+
+def _run_steps(kernel: Any, arrays: list, shift: Tensor, heads: int, exact: torch.dtype) -> None:
+    def work(begin: int, end: int) -> None:
+        kernel(*arrays, *_scratch(shift, heads, exact), begin, end)
+
+    _spread(work, shift.shape[0], shift.numel())
 
 
 def backward(

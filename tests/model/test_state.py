@@ -1,5 +1,8 @@
 """The decode state equals the full forward: in chunks, after crops, in slots, packed and padded."""
 
+import gc
+import weakref
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,6 +11,7 @@ from models import BOUNDED, KINDS, VOCAB, make_model, make_tokens
 from relations import assert_close
 
 from starlm.errors import InputError
+from starlm.model.state import DecodeState
 
 ALL = [*KINDS, *BOUNDED]
 MODELS = {kind: make_model(kind) for kind in ALL}
@@ -244,3 +248,102 @@ def test_last_only():
         assert_close(model(tokens, last_only=True), model(tokens)[:, -1:])
         assert_close(model(tokens, state=model.new_state(2), last_only=True), model(tokens)[:, -1:])
     assert MODELS["gated"](tokens, last_only=True).shape == (2, 1, VOCAB)
+
+
+@given(
+    kind=st.sampled_from(ALL),
+    steps=st.lists(
+        st.tuples(st.sets(st.integers(0, 4), min_size=1), st.sampled_from([1, 1, 1, 2, 40])),
+        min_size=1,
+        max_size=12,
+    ),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_choice_of_shared_slots(kind, steps, seed):
+    """Slots that run in changing company, and are forked on the way, equal their tokens in one forward."""
+    torch.manual_seed(seed)
+    model = MODELS[kind]
+    states = [model.new_state(rollback=2) for _ in range(4)] + [model.new_state()]
+    texts = [torch.empty(0, dtype=torch.long)] * 5
+    for chosen, length in steps:
+        slots, tokens = sorted(chosen, reverse=True), make_tokens(len(chosen), length)
+        shared = DecodeState.join(states[slot] for slot in slots)
+        logits = model(tokens, state=shared)
+        for row, slot in enumerate(slots):
+            texts[slot] = torch.cat([texts[slot], tokens[row]])
+            assert_close(logits[row], model(texts[slot][None])[0, -length:])
+        states[slots[0]] = shared.fork().pick([0])
+    assert [state.lengths[0] for state in states] == [len(text) for text in texts]
+
+
+def test_picked_slots_are_shared_and_forked_ones_are_not():
+    model = MODELS["star mixed"]
+    state = model.new_state(3)
+    model(make_tokens(3, 20), state=state)
+    picked, fork = state.pick([2, 0]), state.fork(lengths=[20, 0, 3])
+    assert fork.lengths == [20, 0, 3]
+    model(make_tokens(2, 1), state=picked)
+    assert state.lengths == [21, 20, 21]
+    assert picked.slots == [state.slots[2], state.slots[0]]
+    assert fork.lengths == [20, 0, 3]
+    assert state.num_bytes == sum(state.pick([slot]).num_bytes for slot in range(3))
+    for wrong in ([0, 0], []):
+        with pytest.raises(InputError, match=r"at least one slot, and each only once.*reorder"):
+            state.pick(wrong)
+
+
+def test_a_short_fork_of_a_long_state_is_small():
+    model = MODELS["star"]
+    state = model.new_state()
+    model(make_tokens(1, 3000), state=state)
+    fork = state.fork(lengths=10)
+    rows = [sum(layer.num_bytes for layer in s.slots[0].layers) for s in (state, fork)]
+    assert rows[1] < rows[0] / 20
+    more = make_tokens(1, 5)
+    model(more, state=fork)
+    assert fork.lengths == [15]
+    assert state.lengths == [3000]
+
+
+def test_a_call_that_fails_halfway_leaves_the_state_as_it_was(monkeypatch):
+    model, tokens = MODELS["star mixed"], make_tokens(2, 30)
+    state = model.new_state(2)
+    model(tokens[:, :20], state=state)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[1], "forward", lambda *args, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(make_tokens(2, 1), state=state)
+    assert_close(in_chunks(model, tokens[:, 20:], [1, 9], state), model(tokens)[:, 20:])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_dropped_state_is_gone(mode):
+    """Freed by reference counts alone, and nothing of a call stays with it."""
+    model = MODELS["star mixed"]
+    with mode():
+        state = model.new_state(2)
+        for _ in range(5):
+            model(make_tokens(2, 1), state=state)
+    buffers = [rows.data for slot in state.slots for layer in slot.layers for rows in layer.rows.values()]
+    assert not any(buffer.requires_grad or buffer.is_inference() for buffer in buffers)
+    watched = [weakref.ref(buffer) for buffer in buffers]
+    gc.disable()
+    try:
+        del state, buffers
+        assert not any(ref() is not None for ref in watched)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_anchored_rows_in_host_memory():
+    model = make_model("star mixed", dtype=torch.float32).cuda()
+    tokens = make_tokens(2, 50).cuda()
+    wanted = in_chunks(model, tokens, [40, *[1] * 10], model.new_state(2))
+    state = model.new_state(2, rows_device="cpu")
+    assert_close(in_chunks(model, tokens, [40, *[1] * 10], state), wanted, 1e-5)
+    kept = {
+        (name.split(".")[-1], rows.data.device.type) for name, rows in state.slots[0].layers[0].rows.items()
+    }
+    assert kept == {("now", "cuda"), ("anchored", "cpu"), ("box", "cuda")}
