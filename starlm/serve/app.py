@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from starlm.serve import schemas
-from starlm.serve.chat import Prompt, text_prompt
+from starlm.serve.chat import Prompt
 from starlm.serve.config import ServeOptions
 from starlm.serve.errors import APIError, bad_request
 from starlm.serve.gate import Gate
@@ -142,7 +142,8 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
 
 
 def _prompt(prompt: str | list[int], served: Served) -> Prompt:
-    return text_prompt(prompt, served.tokenizer) if isinstance(prompt, str) else Prompt(tokens=prompt)
+    tokens, begin = served.text.prompt(prompt) if isinstance(prompt, str) else (prompt, b"")
+    return Prompt(tokens=tokens, begin=begin)
 
 
 def _describe(app: FastAPI) -> None:

@@ -31,12 +31,6 @@ class Prompt:
     """Where the answer ends, besides where the request says."""
 
 
-def text_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
-    """A document that begins with `text`; blanks at its end are left to the next token, " x" being one."""
-    bare = text.rstrip(" \t")
-    return Prompt(tokens=tokenizer.encode(bare, bos=True), begin=text[len(bare) :].encode())
-
-
 class PlainChat:
     """Turns as lines of text, for models that were trained on no chats.
 

@@ -57,7 +57,7 @@ class ServeOptions:
         require(self.api_key is None or self.api_key.isascii(), "ASCII text", "api_key")
         require(self.api_key is None or len(self.api_key) > 0, "not empty", "api_key")
         require(self.slots >= 1, "at least 1", "slots")
-        require(self.queue >= 0, "0 or more", "queue")
+        require(self.queue >= 1, "at least 1", "queue")
         require(self.max_context is None or self.max_context >= 2, "at least 2", "max_context")
         require(self.max_tokens >= 1, "at least 1", "max_tokens")
         require(self.max_body >= 1024, "at least 1024", "max_body")

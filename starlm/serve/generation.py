@@ -7,15 +7,17 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from starlm.errors import InputError
-from starlm.generate.engine import Piece, QueueFull, Request, Stream
+from starlm.errors import InputError, StarLMError
+from starlm.generate.engine import QueueFull
+from starlm.generate.request import Piece, Request, Stream
 from starlm.generate.sampling import Sampling
 from starlm.serve.chat import Prompt
 from starlm.serve.errors import APIError, bad_request
@@ -43,6 +45,8 @@ class Generation:
         self._served, self._metrics, self._body = served, metrics, body
         self._logprobs, self._max_tokens = logprobs, max_tokens
         self._streams: list[Stream] = []
+        # Pieces of all streams with the streams' numbers.
+        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._began = time.perf_counter()
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
@@ -63,13 +67,27 @@ class Generation:
                     logprobs=self._logprobs,
                     begin=prompt.begin,
                 )
-                self._streams.append(self._served.engine.submit(request))
+                self._streams.append(self._served.engine.submit(request, self._deliver(len(self._streams))))
         except QueueFull as error:
             self.cancel()
             raise APIError(429, f"{error}", code="queue_full", headers={"Retry-After": "1"}) from None
         except InputError as error:
             self.cancel()
             raise bad_request(f"{error}") from None
+        except StarLMError:
+            self.cancel()
+            raise _stopping() from None
+
+    def _deliver(self, number: int) -> Callable[[Piece], None]:
+        """A callback for the engine's thread: it hands the pieces of a stream over to this one."""
+        loop, pieces = asyncio.get_running_loop(), self._pieces
+
+        def deliver(piece: Piece) -> None:
+            # The loop is closed when a shutdown is over: nobody is there to be told.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
+
+        return deliver
 
     def _sampling(self) -> Sampling:
         body = self._body
@@ -103,24 +121,23 @@ class Generation:
         """All pieces with the numbers of their choices, as they come; every choice ends with a finish.
 
         Raises:
-            APIError: the engine was stopped (503).
+            APIError: the engine was stopped (503), or failed (500).
         """
         name, metrics = self._served.name, self._metrics
-        left, last = len(self._streams) * self._body.n, dict.fromkeys(range(len(self._streams) * self._body.n))
-        queue = _merge(self._streams)
+        last: dict[int, float] = {}
+        left = len(self._streams) * self._body.n
         while left:
-            number, piece = await queue.get()
-            if isinstance(piece, BaseException):
-                raise piece
-            index, now = number * self._body.n + piece.index, time.perf_counter()
-            before = last[index]
-            if before is None:
-                metrics.first.labels(name).observe(now - self._began)
-            else:
-                metrics.between.labels(name).observe(now - before)
-            last[index] = now
+            number, piece = await self._pieces.get()
             if piece.finish == "cancelled":
-                raise APIError(503, "The server is shutting down; the answer was cut off.", code="stopping")
+                raise _stopping()
+            if piece.finish == "error":
+                raise APIError(500, f"{self._streams[number].error}")
+            index, now = number * self._body.n + piece.index, time.perf_counter()
+            if index in last:
+                metrics.between.labels(name).observe(now - last[index])
+            else:
+                metrics.first.labels(name).observe(now - self._began)
+            last[index] = now
             if piece.finish:
                 left -= 1
                 metrics.finished.labels(name, piece.finish).inc()
@@ -276,16 +293,8 @@ async def _while_connected(receive: Receive, work: Any) -> Any:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _merge(streams: Sequence[Stream]) -> "asyncio.Queue[tuple[int, Piece | BaseException]]":
-    """Pieces of all streams with the streams' numbers; an error in the place of a piece ends its stream."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-
-    def deliver(number: int, piece: Piece | BaseException) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
-
-    for number, stream in enumerate(streams):
-        stream.subscribe(lambda piece, number=number: deliver(number, piece))
-    return queue
+def _stopping() -> APIError:
+    return APIError(503, "The server is shutting down; the answer was cut off.", code="stopping")
 
 
 def _late(timeout: float) -> str:

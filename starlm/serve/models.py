@@ -84,6 +84,9 @@ class Models:
         options = self._options
         for name, folder in self._folders.items():
             text = load(folder, device=options.device)
+            # An answer ends with its turn, too; models that were trained on no chats never say so.
+            stop_ids = [text.tokenizer.bos, text.tokenizer.special["<|assistant_end|>"]]
+            text = TextModel(text.model, text.tokenizer, stop_ids=stop_ids)
             engine = Engine(
                 text, slots=options.slots, queue=options.queue, max_context=options.max_context
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlm.data.tokenizer import Tokenizer
-from starlm.generate.engine import Piece, TokenLogprob
+from starlm.generate.request import Piece, TokenLogprob
 
 
 class Reply(ABC):
@@ -50,9 +50,9 @@ class Reply(ABC):
     @abstractmethod
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]: ...
 
-    def _text(self, token: int) -> str:
+    def _text(self, number: int) -> str:
         """The token's text; bytes that are no whole character become U+FFFD."""
-        return self._tokenizer.decode([token], skip_special=False)
+        return self._tokenizer.decode([number], skip_special=False)
 
 
 class ChatReply(Reply):
@@ -90,15 +90,15 @@ class ChatReply(Reply):
         tokens = [token for piece in pieces for token in piece.tokens]
         return {
             "content": [
-                {**self._token(t.token, t.logprob), "top_logprobs": [self._token(*pair) for pair in t.top]}
+                {**self._token(t.id, t.logprob), "top_logprobs": [self._token(*p) for p in t.alternatives]}
                 for t in tokens
             ],
             "refusal": None,
         }
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        found = list(self._tokenizer.token_bytes(token))
-        return {"token": self._text(token), "logprob": max(logprob, FLOOR), "bytes": found}
+    def _token(self, number: int, logprob: float | None) -> dict[str, Any]:
+        found = list(self._tokenizer.token_bytes(number))
+        return {"token": self._text(number), "logprob": _finite(logprob), "bytes": found}
 
 
 class CompletionReply(Reply):
@@ -129,18 +129,19 @@ class CompletionReply(Reply):
     def _lists(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        texts, offsets = [self._text(t.token) for t in tokens], []
+        texts, offsets = [self._text(t.id) for t in tokens], []
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        tops = [{self._text(token): max(logprob, FLOOR) for token, logprob in t.top} for t in tokens]
+        tops = [{self._text(number): _finite(logprob) for number, logprob in t.alternatives} for t in tokens]
         return {
             "tokens": texts,
-            "token_logprobs": [max(t.logprob, FLOOR) for t in tokens],
+            "token_logprobs": [_finite(t.logprob) for t in tokens],
             "top_logprobs": tops if any(tops) else None,
             "text_offset": offsets,
         }
 
 
-# JSON has no minus infinity; OpenAI's value for it.
-FLOOR = -9999.0
+def _finite(logprob: float | None) -> float:
+    # JSON has no minus infinity; this is OpenAI's value for it.
+    return -9999.0 if logprob is None else max(logprob, -9999.0)
