@@ -1,17 +1,19 @@
 """How the next token is chosen from logits."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What may be chosen, and how boldly. In this order: penalty, temperature, top-k, top-p, min-p."""
+    """What may be chosen, and how boldly. Order: penalties, bias, temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.8
     """0 always takes the likeliest token; 1 samples from the model's own distribution."""
@@ -23,6 +25,12 @@ class Sampling:
     """Only tokens at least this share of the likeliest one's probability; 0 is off (arXiv 2407.01082)."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens that occurred, multiplies negative; 1 is off (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that was chosen before (as in OpenAI's API); 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it was chosen before; 0 is off."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids; -inf forbids one."""
     seed: int | None = None
     """Same seed, same text; None draws a new one each time."""
 
@@ -36,60 +44,177 @@ class Sampling:
         require(0 < self.top_p <= 1, "above 0 and at most 1", "top_p")
         require(0 <= self.min_p <= 1, "between 0 and 1", "min_p")
         require(0 < self.repetition_penalty < float("inf"), "above 0", "repetition_penalty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(math.isfinite(getattr(self, name)), "a finite number", name)
+        require(
+            all(token >= 0 and bias < float("inf") for token, bias in self.logit_bias.items()),
+            "finite numbers (or -inf) by token id",
+            "logit_bias",
+        )
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits", "seed")
 
-    def generator(self) -> torch.Generator:
-        """A random generator started from `seed`."""
+    def generator(self, index: int = 0) -> torch.Generator:
+        """A random generator started from `seed` and the index of a sample."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
+        elif index:
+            # Far apart, and different for different seeds.
+            generator.manual_seed((self.seed + index * 0x9E3779B97F4A7C15) % 2**64)
         else:
             generator.manual_seed(self.seed)
         return generator
 
 
-def probabilities(
-    logits: Float[Tensor, " V"], sampling: Sampling, history: Int[Tensor, " N"] | None = None
-) -> Float[Tensor, " V"]:
-    """The distribution that the next token is drawn from.
+class Sampler:
+    """How the tokens of one sample are chosen: its options, its random stream, and what has occurred."""
 
-    Args:
-        logits: of one position.
-        history: tokens so far, for the repetition penalty.
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocab_size: int,
+        prompt: Sequence[int] = (),
+        *,
+        index: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args:
+            vocab_size: V.
+            prompt: tokens so far, for the repetition penalty.
+            index: of this sample among those of one prompt; each has its own random stream.
+            device: of the logits.
+
+        Raises:
+            InputError: `logit_bias` names a token that is not in the vocabulary.
+        """
+        self.sampling, self.generator = sampling, sampling.generator(index)
+        # Tokens that may be chosen, bool [V]; None for all.
+        self.allowed: Tensor | None = None
+        self._occurred = self._counts = self._bias = None
+        if sampling.repetition_penalty != 1:
+            self._occurred = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._occurred[torch.tensor(prompt, dtype=torch.long, device=device)] = True
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts = torch.zeros(vocab_size, device=device)
+        if sampling.logit_bias:
+            if max(sampling.logit_bias) >= vocab_size:
+                raise InputError(
+                    f"logit_bias names token {max(sampling.logit_bias)}; the vocabulary has {vocab_size} "
+                    f"tokens."
+                )
+            self._bias = torch.zeros(vocab_size, device=device)
+            for token, bias in sampling.logit_bias.items():
+                self._bias[token] = bias
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` changes anything."""
+        parts = (self._occurred, self._counts, self._bias, self.allowed)
+        return any(part is not None for part in parts)
+
+    def add(self, token: int) -> None:
+        """Count a token that was chosen."""
+        if self._occurred is not None:
+            self._occurred[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+
+    def adjust(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+        """Logits with penalties and biases, and -inf for what is not allowed."""
+        options = self.sampling
+        if self._occurred is not None:
+            penalty = options.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._occurred, penalised, logits)
+        if self._counts is not None:
+            logits = logits - self._counts * options.frequency_penalty
+            logits = logits - (self._counts > 0) * options.presence_penalty
+        if self._bias is not None:
+            logits = logits + self._bias
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
+        return logits
+
+
+def choose(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each sample, drawn from its `probabilities` by its own random stream.
+
+    Raises:
+        StarLMError: a sample's logits are NaN, or nothing is left to choose.
     """
+    logits = _adjusted(logits, samplers)
+    likeliest, chosen = logits.max(dim=-1)
+    if not likeliest.isfinite().all():
+        raise StarLMError(
+            "The model's logits are not finite, or logit_bias forbids every token. Check the checkpoint, or "
+            "ask for less."
+        )
+    tokens = chosen.tolist()
+    drawn = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
+    if drawn:
+        some = logits if len(drawn) == len(samplers) else logits[drawn]
+        chances = _distribution(some, [samplers[row].sampling for row in drawn])
+        # In fp64, so that the tail of a large vocabulary keeps its share.
+        ends = chances.double().cumsum(-1)
+        draws = [torch.rand(1, dtype=torch.float64, generator=samplers[row].generator) for row in drawn]
+        points = torch.stack(draws).to(ends.device) * ends[:, -1:]
+        for row, token in zip(
+            drawn, torch.searchsorted(ends, points, right=True)[:, 0].tolist(), strict=True
+        ):
+            tokens[row] = token
+    return tokens
+
+
+def probabilities(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> Float[Tensor, "B V"]:
+    """The distribution that each sample's next token is drawn from, in fp32 at the least."""
+    return _distribution(_adjusted(logits, samplers), [sampler.sampling for sampler in samplers])
+
+
+def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sampling.repetition_penalty != 1 and history is not None and history.numel():
-        seen = history.unique()
-        penalty = sampling.repetition_penalty
-        logits = logits.index_copy(0, seen, _penalised(logits[seen], penalty))
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+    rows = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
+    if rows:
+        logits = logits.clone()
+        for row in rows:
+            logits[row] = samplers[row].adjust(logits[row])
+    return logits
+
+
+def _distribution(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)[:, None]
+
+    temperature, min_p = column(o.temperature for o in options), column(o.min_p for o in options)
     # Largest logit at 0 first, and in fp64: a tiny temperature must neither overflow nor become 0.
-    logits = ((logits - logits.max()).double() / sampling.temperature).to(logits.dtype)
-    if 0 < sampling.top_k < logits.numel():
-        # By rank rather than by value, so that ties cannot let more than k through.
-        kept = logits.topk(sampling.top_k).indices
-        logits = torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
-    chances = logits.softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = chances.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        chances = chances.index_fill(0, order[before >= sampling.top_p], 0.0)
-    if sampling.min_p > 0:
-        chances = chances.masked_fill(chances < sampling.min_p * chances.max(), 0.0)
-    return chances / chances.sum()
+    largest = logits.max(dim=-1, keepdim=True)
+    scaled = (logits - largest.values).double() / temperature.where(temperature > 0, 1.0)
+    scaled = scaled.to(logits.dtype)
+    chances = scaled.softmax(-1)
+    cut = [row for row, o in enumerate(options) if o.top_k or o.top_p < 1]
+    if cut:
+        chances[cut] = _cut(scaled[cut], [options[row] for row in cut], column)
+    if min_p.any():
+        least = min_p * chances.max(dim=-1, keepdim=True).values.double()
+        chances = chances.masked_fill(chances.double() < least, 0.0)
+    cold = temperature == 0
+    if cold.any():
+        chances = torch.where(cold, torch.zeros_like(chances).scatter(1, largest.indices, 1.0), chances)
+    return chances / chances.sum(-1, keepdim=True)
 
 
-def _penalised(logits: Tensor, penalty: float) -> Tensor:
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
-
-
-def choose(
-    logits: Float[Tensor, " V"],
-    sampling: Sampling,
-    generator: torch.Generator,
-    history: Int[Tensor, " N"] | None = None,
-) -> int:
-    """The next token's id, drawn from `probabilities`."""
-    chances = probabilities(logits, sampling, history)
-    return int(torch.multinomial(chances.cpu(), 1, generator=generator))
+def _cut(logits: Tensor, options: Sequence[Sampling], column: Callable[..., Tensor]) -> Tensor:
+    """Chances of what top-k and then top-p leave."""
+    vocab = logits.shape[1]
+    most = [min(o.top_k or vocab, vocab) for o in options]
+    # A sort of a whole vocabulary takes longer than the few likeliest do.
+    if max(most) < vocab:
+        ordered, order = logits.topk(max(most))
+    else:
+        ordered, order = logits.sort(descending=True, stable=True)
+    # By rank rather than by value, so that ties cannot let more than k through.
+    rank = torch.arange(ordered.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(rank >= column(most, torch.long), -torch.inf).softmax(-1)
+    before = ordered.cumsum(-1) - ordered
+    top_p = column(o.top_p for o in options)
+    ordered = ordered.masked_fill((before.double() >= top_p) & (top_p < 1), 0.0)
+    return torch.zeros_like(logits).scatter(1, order, ordered)

@@ -41,6 +41,11 @@ class Slot:
         return max((layer.oldest for layer in self.layers), default=0)
 
     @property
+    def bounded(self) -> bool:
+        """Whether some rows are kept for a while only, so that a crop cannot go back far."""
+        return any(rows.keep is not None for layer in self.layers for rows in layer.rows.values())
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory held."""
         rows = sum(layer.num_bytes for layer in self.layers)

@@ -15,6 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -178,7 +179,7 @@ def _step(addresses, past, first, values, shift, heads, origin, out, rows, fract
     seen = out[0, 0, 0]
     for b in range(begin, end):
         place = _pointer(addresses[b])
-        source = numba.carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
+        source = carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
         source[0, past[b]] = values[b, 0]
         own = slice(b, b + 1)
         o = None if origin is None else origin[own]
@@ -193,7 +194,7 @@ def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction
     seen = out[0, 0, 0]
     for b in range(begin, end):
         place = _pointer(addresses[b])
-        source = numba.carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
+        source = carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
         before, new = source[0, past[b] - 1], source[0, past[b]]
         for c in range(new.size):
             new[c] = before[c] + _widen(values[b, 0, c])

@@ -1,0 +1,95 @@
+"""Decode states of prompts that were read, for prompts that begin alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from starlm.model.state import DecodeState
+
+# A copy for fewer tokens than these costs more than reading them.
+FEWEST = 16
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tokens: np.ndarray
+    state: DecodeState
+    num_bytes: int
+
+
+class PrefixCache:
+    """States of one slot by the tokens they have read; the least recently used go first."""
+
+    def __init__(self, limit: int) -> None:
+        """Args: limit: bytes that may be held; 0 keeps nothing."""
+        self.limit, self.num_bytes, self.hits, self.misses = limit, 0, 0, 0
+        self._entries: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, tokens: Sequence[int]) -> DecodeState | None:
+        """A copy of the state that has read most of the beginning of `tokens`, and not all of them."""
+        wanted, best, length = np.asarray(tokens, np.int64), None, FEWEST - 1
+        for entry in self._entries:
+            common = _common(entry.tokens, wanted[:-1])
+            if common > length and _reaches(entry.state, common):
+                best, length = entry, common
+        if best is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._use(best)
+        return best.state.fork(lengths=length)
+
+    def put(self, tokens: Sequence[int], state: DecodeState, *, copy: bool = False) -> None:
+        """Keep a state of one slot that has read `tokens`.
+
+        Args:
+            copy: keep a copy; otherwise the state must not be used elsewhere from now on.
+        """
+        ids = np.asarray(tokens, np.int64)
+        if len(ids) < FEWEST or state.num_bytes + ids.nbytes > self.limit:
+            return
+        for other in list(self._entries):
+            common = _common(other.tokens, ids)
+            if common == len(ids) and _reaches(other.state, common):
+                self._use(other)
+                return
+            if common == len(other.tokens) and _reaches(state, common):
+                self._drop(other)
+        state = state.fork() if copy else state
+        entry = _Entry(ids, state, state.num_bytes + ids.nbytes)
+        self._entries.append(entry)
+        self.num_bytes += entry.num_bytes
+        while self.num_bytes > self.limit:
+            self._drop(self._entries[0])
+
+    def clear(self) -> None:
+        """Forget all states."""
+        self._entries.clear()
+        self.num_bytes = 0
+
+    def _use(self, entry: _Entry) -> None:
+        self._remove(entry)
+        self._entries.append(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        self._remove(entry)
+        self.num_bytes -= entry.num_bytes
+
+    def _remove(self, entry: _Entry) -> None:
+        self._entries = [other for other in self._entries if other is not entry]
+
+
+def _common(one: np.ndarray, two: np.ndarray) -> int:
+    """Tokens that two sequences have in common at their beginning."""
+    length = min(len(one), len(two))
+    differ = one[:length] != two[:length]
+    return int(differ.argmax()) if differ.any() else length
+
+
+def _reaches(state: DecodeState, length: int) -> bool:
+    """Whether the state can be cropped to `length` tokens."""
+    return state.slots[0].oldest <= length <= state.lengths[0]
