@@ -23,7 +23,7 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"train"},
-    {"report", "bench"},
+    {"report", "bench", "serve"},
     {"cli"},
 ]
 # Stricter than the floor: all of starlm that a room may import.
@@ -106,6 +106,7 @@ def test_imports_run_downwards(path):
         ("train", "from starlm.cli.console import Console"),
         ("report", "from starlm.train.config import TrainConfig"),
         ("bench", "from starlm.report.plots import curves"),
+        ("serve", "from starlm.train.run import Run"),
         ("model", "import pickle"),
         ("cli", "from pickle import load"),
     ],

@@ -1,15 +1,11 @@
 """The routes."""
 
 import asyncio
-import base64
-import hashlib
-import re
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -22,6 +18,7 @@ from starlm.serve.gate import Gate
 from starlm.serve.generation import ClientGone, EventStream, Generation, answer
 from starlm.serve.metrics import Metrics
 from starlm.serve.models import Models, Served
+from starlm.serve.pages import add_pages
 from starlm.serve.replies import ChatReply, CompletionReply
 from starlm.version import __version__
 
@@ -31,7 +28,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": schemas.ErrorBody, "description": "No such model."},
     408: {"model": schemas.ErrorBody, "description": "The request's body did not arrive in time."},
     413: {"model": schemas.ErrorBody, "description": "The request's body is too large."},
-    429: {"model": schemas.ErrorBody, "description": "The queue is full; Retry-After says when to ask again."},
+    429: {
+        "model": schemas.ErrorBody,
+        "description": "The queue is full; Retry-After says for how long.",
+    },
     503: {"model": schemas.ErrorBody, "description": "Loading, or shutting down."},
     504: {"model": schemas.ErrorBody, "description": "The answer took too long."},
 }
@@ -54,7 +54,7 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
         redoc_url=None,
         responses=_ERRORS,
     )
-    _add_pages(app, models, metrics)
+    _add_state(app, models, metrics)
     _add_completions(app, options, models, metrics)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(APIError, _refused)
@@ -62,6 +62,7 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(Exception, _bug)
     _describe(app)
+    add_pages(app)
     gate: ASGIApp = Gate(app, options, metrics)
     if options.cors_origin:
         gate = CORSMiddleware(
@@ -74,14 +75,7 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
     return gate
 
 
-def _add_pages(app: FastAPI, models: Models, metrics: Metrics) -> None:
-    page = files("starlm.serve").joinpath("chat.html").read_text(encoding="utf-8")
-    policy = _policy(page)
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def chat() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
-
+def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/health", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def health() -> Response:
         """503 until all models are loaded."""
@@ -137,7 +131,9 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         choices: int,
     ) -> Any:
         if body.stream:
-            return EventStream(generation, reply, choices, include_usage=body.include_usage, timeout=options.timeout)
+            return EventStream(
+                generation, reply, choices, include_usage=body.include_usage, timeout=options.timeout
+            )
         return JSONResponse(await answer(request, generation, reply, choices, options.timeout))
 
 
@@ -154,20 +150,6 @@ def _describe(app: FastAPI) -> None:
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
-
-
-def _policy(page: str) -> str:
-    """A policy that allows the page's own script and style, by their hashes, and this server."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        f"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 async def _refused(_: Request, error: Exception) -> Response:

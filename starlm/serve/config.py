@@ -18,14 +18,14 @@ class ServeOptions:
     """Which models are served, where, to whom, and within which limits."""
 
     model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """RUN or NAME=RUN: run folder (its last checkpoint is taken) or checkpoint folder, by default runs/demo; may be
-    given again for further models. The name is what requests call it, by default the folder's."""
+    """RUN or NAME=RUN: run folder (its last checkpoint is taken) or checkpoint folder; default runs/demo. May be given
+    again for further models. The name is what requests call it, by default the folder's."""
     host: str = "127.0.0.1"
     """Address to listen on. Beyond this machine (0.0.0.0) only with api_key."""
     port: int = 8000
     """Port to listen on; 0 takes a free one and says which."""
     api_key: str | None = None
-    """What clients must send as `Authorization: Bearer KEY`; without it anybody who reaches the port may ask."""
+    """What clients must send as `Authorization: Bearer KEY`; without it, all may ask who reach the port."""
     cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Origin of web pages elsewhere that may use the API, such as https://example.org; may be given again."""
     slots: int = 32
@@ -43,7 +43,7 @@ class ServeOptions:
     grace: float = 30.0
     """Seconds that answers have to finish in after SIGTERM or Ctrl+C; then they are cut off."""
     chat: Literal["auto", "plain"] = "auto"
-    """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja where it has one (auto), or
+    """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja if it has one (auto), or
     always as lines of `User:` and `Assistant:` (plain), which suits models that were not trained on chats."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -67,8 +67,8 @@ class ServeOptions:
         require(origins, "scheme://host[:port], without a path", "cors_origin")
         if self.host not in LOOPBACK and self.api_key is None:
             raise InputError(
-                f"host {self.host} can be reached from other machines, so it needs --api-key KEY. To serve this "
-                f"machine alone, leave --host out."
+                f"host {self.host} can be reached from other machines, so it needs --api-key KEY. To serve "
+                f"this machine alone, leave --host out."
             )
         self.models  # noqa: B018
 
@@ -85,8 +85,8 @@ class ServeOptions:
             name = name or Path(folder).resolve().name
             if not _NAME.fullmatch(name):
                 raise InputError(
-                    f"model must be RUN or NAME=RUN with a name of letters, digits, '.', ':', '_' and '-'; got "
-                    f"{word!r}."
+                    f"model must be RUN or NAME=RUN with a name of letters, digits, '.', ':', '_' and '-'; "
+                    f"got {word!r}."
                 )
             if name in found:
                 raise InputError(f"Two models are called {name!r}. Name them: --model NAME={folder}.")

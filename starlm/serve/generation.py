@@ -33,7 +33,13 @@ class Generation:
     """The sequences of one request: every choice of every prompt."""
 
     def __init__(
-        self, served: Served, metrics: Metrics, body: GenerationRequest, *, logprobs: int | None, max_tokens: int
+        self,
+        served: Served,
+        metrics: Metrics,
+        body: GenerationRequest,
+        *,
+        logprobs: int | None,
+        max_tokens: int,
     ) -> None:
         """Args:
         served: the model asked.
@@ -221,6 +227,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, or until the client is gone or the time is up."""
+
         async def write(data: str) -> None:
             text = f"data: {data}\n\n"
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.generate.engine import Engine
+from starlm.generate.request import Request
 from starlm.generate.text import TextModel, load
 from starlm.model.checkpoint import find_checkpoint
 from starlm.serve.chat import PlainChat, TemplateChat, chat_format
@@ -87,14 +88,16 @@ class Models:
             # An answer ends with its turn, too; models that were trained on no chats never say so.
             stop_ids = [text.tokenizer.bos, text.tokenizer.special["<|assistant_end|>"]]
             text = TextModel(text.model, text.tokenizer, stop_ids=stop_ids)
-            engine = Engine(
-                text, slots=options.slots, queue=options.queue, max_context=options.max_context
-            )
             chat = chat_format(folder, text.tokenizer, options.chat)
+            engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
+            # The first call compiles kernels, which takes seconds: nobody is to wait for it.
+            warming = Request(tokens=[text.tokenizer.bos] * 3, max_tokens=2)
+            for _ in engine.start().submit(warming):
+                pass
             with self._lock:
                 if self._closed:
+                    engine.close()
                     return
-                engine.start()
                 self._served[name] = Served(name, folder, text, engine, chat, options.max_context)
 
     def close(self) -> None:

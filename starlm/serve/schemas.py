@@ -32,9 +32,7 @@ Text = Annotated[str, Field(min_length=1, max_length=1000)]
 class Strict(BaseModel):
     """No coercion of types, no unknown fields; null is the same as not given."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
