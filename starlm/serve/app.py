@@ -43,6 +43,10 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
+
+
 def create_app(options: ServeOptions, models: Models) -> ASGIApp:
     """The server as an ASGI application."""
     metrics = Metrics(lambda: models.engines)
@@ -52,7 +56,6 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
         description="OpenAI's API for StarLM's models.",
         docs_url=None,
         redoc_url=None,
-        responses=_ERRORS,
     )
     _add_state(app, models, metrics)
     _add_completions(app, options, models, metrics)
@@ -83,24 +86,26 @@ def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "2"})
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
+    @app.get(
+        "/metrics", responses={200: {"content": {"text/plain": {}}}, **_errors(401)}, response_class=Response
+    )
     def prometheus() -> Response:
         """Counters in Prometheus' format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models", response_model=schemas.ModelList)
+    @app.get("/v1/models", response_model=schemas.ModelList, responses=_errors(401))
     async def list_models() -> dict[str, Any]:
         """The models that are loaded."""
         return {"object": "list", "data": [served.describe() for served in models.served]}
 
-    @app.get("/v1/models/{model}", response_model=schemas.Model)
+    @app.get("/v1/models/{model}", response_model=schemas.Model, responses=_errors(401, 404, 503))
     async def show_model(model: str) -> schemas.Model:
         """One model."""
         return models[model].describe()
 
 
 def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metrics: Metrics) -> None:
-    @app.post("/v1/completions", response_model=schemas.Completion, responses=_EVENTS)
+    @app.post("/v1/completions", response_model=schemas.Completion, responses=_EVENTS | _ERRORS)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Any:
         """Continue a text."""
         served = models[body.model]
@@ -111,7 +116,7 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         reply = CompletionReply(served.name, served.tokenizer, logprobs=body.logprobs is not None)
         return await _reply(request, body, generation, reply, len(prompts) * body.n)
 
-    @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=_EVENTS)
+    @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=_EVENTS | _ERRORS)
     async def chat_completions(body: schemas.ChatRequest, request: Request) -> Any:
         """Say the assistant's next message."""
         served = models[body.model]

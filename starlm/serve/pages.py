@@ -1,4 +1,4 @@
-"""What browsers are shown: the web chat, and the API's documentation. Nothing in them comes from elsewhere."""
+"""What browsers are shown: the web chat and the API's documentation, complete in themselves."""
 
 import base64
 import hashlib
@@ -56,8 +56,8 @@ def _page(text: str) -> Response:
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
     policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        f"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        f"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
         "content-security-policy": policy,

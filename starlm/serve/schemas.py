@@ -1,4 +1,4 @@
-"""Requests and answers of the API: OpenAI's fields, ours beside them, and nothing that is silently ignored."""
+"""Requests and answers of the API: OpenAI's fields and some more. What is not supported is refused."""
 
 from typing import Annotated, Any, Literal
 
