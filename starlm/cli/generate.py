@@ -54,7 +54,7 @@ class GenerateOptions:
 
 def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     """Stream the continuation to stdout; on a terminal the prompt stands before it in bold."""
-    prompt = _prompt(options)
+    prompt = read_prompt(options.prompt, options.prompt_file, flags=('--prompt "def "', "--prompt-file FILE"))
     from starlm.generate.text import load
 
     model = load(options.model, device=options.device)
@@ -78,22 +78,28 @@ def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     return {"text": text, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def _prompt(options: GenerateOptions) -> str:
-    if options.prompt is not None:
-        return options.prompt
-    if options.prompt_file is not None:
+def read_prompt(text: str | None, file: Path | None, *, flags: tuple[str, str]) -> str:
+    """The text given, or that of the file, or stdin's.
+
+    Args:
+        flags: how to give the two, for the message when there is nothing.
+
+    Raises:
+        InputError: an unreadable file, or none of the three.
+    """
+    if text is not None:
+        return text
+    if file is not None:
         try:
-            return options.prompt_file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(
-                f"Cannot read the prompt {options.prompt_file}: {error.strerror}. Check the path."
-            ) from None
+            raise InputError(f"Cannot read the prompt {file}: {error.strerror}. Check the path.") from None
         except UnicodeDecodeError as error:
             raise InputError(
-                f"The prompt {options.prompt_file} is not UTF-8 text: at byte {error.start}. Convert it."
+                f"The prompt {file} is not UTF-8 text: at byte {error.start}. Convert it."
             ) from None
     if sys.stdin is None or sys.stdin.isatty():
-        raise InputError('Give a prompt: --prompt "def ", --prompt-file FILE, or pipe one in.')
+        raise InputError(f"Give a prompt: {flags[0]}, {flags[1]}, or pipe one in.")
     return sys.stdin.read()
 
 

@@ -28,6 +28,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("starlm.cli.train", "pretrain a model; run again to go on where it was"),
     "eval": ("starlm.cli.eval", "measure a model: bits per byte on held-out text"),
     "generate": ("starlm.cli.generate", "continue a prompt"),
+    "chat": ("starlm.cli.chat", "a conversation in the terminal"),
+    "inspect": ("starlm.cli.inspect", "draw where every head reads from, for a text"),
     "serve": ("starlm.cli.serve", "an OpenAI-compatible API, and a web chat at /"),
     "bench op": ("starlm.cli.bench", "time the operator beside its peers"),
     "bench layer": ("starlm.cli.bench", "time one layer beside attention, convolution and Mamba-2"),

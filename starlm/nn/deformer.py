@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +15,27 @@ from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
+from starlm.ops.reference import rows_read
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
 BOX_SCALE = 16
+
+
+class Reads(NamedTuple):
+    """The rows that every channel of one stream reads, counted from the first token.
+
+    A `now` or anchored head reads 1 - fraction of row `near` and fraction of row `far`. A box head reads the
+    mean of the rows from `near` to the query's own, and of fraction of row `far`, the one before.
+    """
+
+    origin: Int[Tensor, "B T H"]
+    """The row that shift 0 reads; -1 where an anchored head has none, and reads nothing."""
+    near: Int[Tensor, "B T H C"]
+    """-1 where nothing is read."""
+    far: Int[Tensor, "B T H C"]
+    """-1 where nothing is read."""
+    fraction: Float[Tensor, "B T H C"]
+    """0 to 1; 0 where `far` is `near`: there is nothing further back."""
 
 
 class Deformer(nn.Module):
@@ -145,12 +164,7 @@ class Deformer(nn.Module):
         Raises:
             InputError: the layer has anchored heads and `origins` lacks one of their n.
         """
-        missing = set(self.orders) - set(origins or ())
-        if missing:
-            raise InputError(
-                f"This Deformer has anchored heads ({', '.join(self.kinds)}), so it needs origins for "
-                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors."
-            )
+        self._check_origins(origins)
         where = first, origins or {}, state
         if self.preset == "product":
             q = self._read("query", self.query(x), self.query_shift(x), *where)
@@ -159,6 +173,14 @@ class Deformer(nn.Module):
         if self.preset != "value":
             y = y * torch.sigmoid(self.gate(x))
         return self.out(y)
+
+    def _check_origins(self, origins: Mapping[int, Tensor] | None) -> None:
+        missing = set(self.orders) - set(origins or ())
+        if missing:
+            raise InputError(
+                f"This Deformer has anchored heads ({', '.join(self.kinds)}), so it needs origins for "
+                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors."
+            )
 
     def _read(
         self,
@@ -171,24 +193,81 @@ class Deformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), continuing the rows of `stream` that the state holds."""
         values = rms(values.unflatten(-1, (self.heads, -1)))
+        read = []
+        for name, distance in self._distances(shift).items():
+            v = values[:, :, self.spans[name]]
+            if name == "now":
+                read.append(self._near(f"{stream}.now", v, distance, first, state))
+            elif name == "anchored":
+                read.append(self._anchored(f"{stream}.anchored", v, distance, first, origins, state))
+            else:
+                read.append(self._boxes(f"{stream}.box", v, distance, first, state))
+        return (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
+
+    def _distances(self, shift: Float[Tensor, "B T D"]) -> dict[str, Float[Tensor, "B T _ C"]]:
+        """Tokens, for the heads of each span: shifts of `now` and anchored heads, widths of `box` heads.
+
+        Args:
+            shift: what a shift projection says.
+        """
         # A projection in bf16 has rounded a distance of 300 tokens to the next even one; from here on, where
         # distances meet rows, all is fp32 at the least.
         shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).unflatten(-1, (self.heads, -1))
-        read = []
+        distances = {}
         for name, span in self.spans.items():
-            v, z = values[:, :, span], shift[:, :, span]
+            z = shift[:, :, span]
             if name == "now":
-                read.append(self._near(f"{stream}.now", v, z, first, state))
-            elif name == "anchored":
-                read.append(self._anchored(f"{stream}.anchored", v, z, first, origins, state))
-            else:
-                read.append(self._boxes(f"{stream}.box", v, z, first, state))
-        return (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
+                z = nn.functional.softplus(z)
+                z = z if self.max_shift is None else z.clamp(max=self.max_shift)
+            elif name == "box":
+                z = (z / 2).exp()
+                z = (z if self.max_shift is None else z.clamp(max=self.max_shift)).clamp(min=1)
+            distances[name] = z
+        return distances
 
-    def _near(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
-        reach = nn.functional.softplus(z)
-        if self.max_shift is not None:
-            reach = reach.clamp(max=self.max_shift)
+    @torch.no_grad()
+    def reads(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        first: Int[Tensor, "B T"] | None = None,
+        origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
+        past: int = 0,
+    ) -> dict[str, Reads]:
+        """Where `forward` reads for the same arguments: of stream `value`, or, product, `query` and `key`.
+
+        Args:
+            past: tokens before x, whose rows a decode state holds.
+
+        Raises:
+            InputError: as for `forward`.
+        """
+        self._check_origins(origins)
+        own = torch.arange(past, past + x.shape[1], device=x.device)[None, :, None]
+        if self.preset == "product":
+            projections = {"query": self.query_shift, "key": self.key_shift}
+        else:
+            projections = {"value": self.shift}
+        found = {}
+        for stream, projection in projections.items():
+            parts = []
+            for name, distance in self._distances(projection(x)).items():
+                origin = own.expand(distance.shape[:3])
+                if name == "anchored":
+                    origin = torch.stack([(origins or {})[n] for n in self.orders], dim=-1)
+                if name == "box":
+                    # A difference of prefix sums, of which there is one more than there are rows.
+                    start = None if first is None else torch.minimum(first, own[..., 0])
+                    near, far, fraction = rows_read(distance, None, start, past + 1)
+                else:
+                    near, far, fraction = rows_read(distance, origin, first, past)
+                parts.append(Reads(origin, near, far, fraction.masked_fill(near == far, 0)))
+            found[stream] = Reads(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
+        return found
+
+    def _near(
+        self, stream: str, values: Tensor, reach: Tensor, first: Tensor | None, state: LayerState | None
+    ):
         if state is None:
             return deform(values, reach, first=first)
         return state.read(stream, values, reach, keep=self.max_shift, first=first)
@@ -207,8 +286,9 @@ class Deformer(nn.Module):
             return deform(values, z, origin=origin, first=first)
         return state.read(stream, values, z, origin=origin, first=first)
 
-    def _boxes(self, stream: str, values: Tensor, z: Tensor, first: Tensor | None, state: LayerState | None):
-        width = (z / 2).exp().clamp(min=1, max=self.max_shift)
+    def _boxes(
+        self, stream: str, values: Tensor, width: Tensor, first: Tensor | None, state: LayerState | None
+    ):
         if state is None:
             mean, width = box(prefix_sums(values), width, first=first)
         else:

@@ -43,12 +43,13 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     values = _values([read_run(folder) for folder in runs])
     with readable_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, _template("page.html.jinja", html=True).render(values).encode())
-    write_whole(out.with_suffix(".md"), _template("page.md.jinja", html=False).render(values).encode())
+    write_whole(out, template("page.html.jinja", html=True).render(values).encode())
+    write_whole(out.with_suffix(".md"), template("page.md.jinja", html=False).render(values).encode())
     return out
 
 
-def _template(name: str, *, html: bool) -> jinja2.Template:
+def template(name: str, *, html: bool) -> jinja2.Template:
+    """A template of this folder; with `html` what it is given is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("starlm.report", "."),
         autoescape=html,

@@ -18,8 +18,8 @@ class ServeOptions:
     """Which models are served, where, to whom, and within which limits."""
 
     model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """RUN or NAME=RUN: run folder (its last checkpoint is taken) or checkpoint folder; default runs/demo. May be
-    given again for further models. The name is what requests call it, by default the folder's."""
+    """RUN or NAME=RUN: run folder (its last checkpoint is taken) or checkpoint folder; default runs/demo.
+    May be given again for further models. The name is what requests call it, by default the folder's."""
     host: str = "127.0.0.1"
     """Address to listen on. Beyond this machine (0.0.0.0) only with api_key."""
     port: int = 8000
