@@ -19,6 +19,7 @@ from starlm.serve.generation import ClientGone, EventStream, Generation, answer
 from starlm.serve.metrics import Metrics
 from starlm.serve.models import Models, Served
 from starlm.serve.pages import add_pages
+from starlm.serve.reading import Reader
 from starlm.serve.replies import ChatReply, CompletionReply
 from starlm.version import __version__
 
@@ -59,6 +60,7 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
     )
     _add_state(app, models, metrics)
     _add_completions(app, options, models, metrics)
+    _add_reads(app, models)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(APIError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
@@ -140,6 +142,15 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
                 generation, reply, choices, include_usage=body.include_usage, timeout=options.timeout
             )
         return JSONResponse(await answer(request, generation, reply, choices, options.timeout))
+
+
+def _add_reads(app: FastAPI, models: Models) -> None:
+    reader = Reader()
+
+    @app.post("/v1/starlm/reads", response_model=schemas.Reads, responses=_errors(400, 401, 404, 413, 503))
+    async def where_it_reads(body: schemas.ReadsRequest) -> Response:
+        """Which tokens every head reads for each token of a text."""
+        return JSONResponse(await asyncio.to_thread(reader.read, models[body.model], body))
 
 
 def _prompt(prompt: str | list[int], served: Served) -> Prompt:

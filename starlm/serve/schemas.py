@@ -29,6 +29,12 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
+class Documented(BaseModel):
+    """Fields are described by the text below them."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
 class Strict(BaseModel):
     """No coercion of types, no unknown fields; null is the same as not given."""
 
@@ -175,7 +181,59 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-class Usage(BaseModel):
+class ReadsRequest(Strict):
+    """Body of POST /v1/starlm/reads: one of text, tokens and messages."""
+
+    model: Annotated[str, Field(max_length=200)]
+    """Name as in /v1/models."""
+    text: str | None = None
+    """A document that begins so."""
+    tokens: Annotated[list[Token], Field(min_length=1)] | None = None
+    """The same as token ids."""
+    messages: Annotated[list[Message], Field(min_length=2, max_length=10_000)] | None = None
+    """A conversation; the last message is the assistant's."""
+    begin: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """First token whose reads are told; default 0, or where the assistant's message begins."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "ReadsRequest":
+        if [self.text, self.tokens, self.messages].count(None) != 2:
+            raise PydanticCustomError("value", "give one of text, tokens and messages", {"param": "text"})
+        return self
+
+
+class ReadToken(Documented):
+    """A token of the text."""
+
+    id: int
+    text: str
+
+
+class HeadReads(Documented):
+    """What one head reads."""
+
+    layer: int
+    head: int
+    kind: str
+    """now, token, bigram, ..., or box, of which the rows are where windows begin."""
+    stream: str
+    rows: list[list[tuple[int, float]]]
+    """For each token from begin to end, numbers of the tokens read and the shares of the channels."""
+
+
+class Reads(Documented):
+    """Where a model reads in a text."""
+
+    model: str
+    tokens: list[ReadToken]
+    begin: int
+    end: int
+    layers: list[str]
+    """What each layer is; only deformer layers have heads here."""
+    heads: list[HeadReads]
+
+
+class Usage(Documented):
     """Tokens read and written."""
 
     prompt_tokens: int
@@ -184,7 +242,7 @@ class Usage(BaseModel):
     prompt_tokens_details: dict[str, int] = {}
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(Documented):
     """A token that might have been taken."""
 
     token: str
@@ -198,13 +256,13 @@ class TokenLogprobs(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(Documented):
     """One entry per token of the answer."""
 
     content: list[TokenLogprobs]
 
 
-class CompletionLogprobs(BaseModel):
+class CompletionLogprobs(Documented):
     """Lists with one entry per token of the answer."""
 
     tokens: list[str]
@@ -213,7 +271,7 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Documented):
     """What the assistant says."""
 
     role: Literal["assistant"]
@@ -224,7 +282,7 @@ class AnswerMessage(BaseModel):
 Finish = Literal["stop", "length"]
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Documented):
     """One answer."""
 
     index: int
@@ -233,7 +291,7 @@ class ChatChoice(BaseModel):
     finish_reason: Finish
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Documented):
     """Answer of /v1/chat/completions; with stream, chunks with `delta` in the place of `message`."""
 
     id: str
@@ -244,7 +302,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Documented):
     """One continuation."""
 
     index: int
@@ -253,7 +311,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Finish
 
 
-class Completion(BaseModel):
+class Completion(Documented):
     """Answer of /v1/completions; with stream, chunks of the same form."""
 
     id: str
@@ -264,7 +322,7 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class Model(BaseModel):
+class Model(Documented):
     """A model that can be asked."""
 
     id: str
@@ -279,14 +337,14 @@ class Model(BaseModel):
     max_context: int | None
 
 
-class ModelList(BaseModel):
+class ModelList(Documented):
     """All models that can be asked."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(Documented):
     """What was wrong."""
 
     message: str
@@ -295,13 +353,13 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(Documented):
     """Every error."""
 
     error: ErrorDetail
 
 
-class Health(BaseModel):
+class Health(Documented):
     """State of the server."""
 
     status: Literal["ok", "loading", "stopping"]
