@@ -208,7 +208,7 @@ def _explain(errors: Any) -> APIError:
     if first["type"] == "json_invalid":
         return bad_request(f"The body is not JSON: {first['ctx']['error']} at character {path[0]}.")
     if not path and named is None:
-        return bad_request(f"The body must be a JSON object, sent as application/json: {first['msg']}.")
+        return bad_request(f"The body must be a JSON object, sent as application/json. {first['msg']}.")
     if first["type"] == "unsupported":
         return bad_request(
             f"{named} is not supported by this server. Leave it out.", named, code="unsupported_parameter"

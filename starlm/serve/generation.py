@@ -6,6 +6,7 @@ Whatever ends a request ends its sequences: a client that leaves, a limit of tim
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -99,7 +100,7 @@ class Generation:
         body = self._body
         bias: dict[int, float] = {}
         for key, value in body.logit_bias.items():
-            if not (key.isascii() and key.isdigit() and int(key) < self._served.tokenizer.vocab_size):
+            if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= self._served.tokenizer.vocab_size:
                 raise bad_request(
                     f"logit_bias must have token ids below {self._served.tokenizer.vocab_size} as keys; got "
                     f"{key[:50]!r}.",

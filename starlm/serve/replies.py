@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from starlm.data.tokenizer import Tokenizer
+from starlm.data.tokenizer import TextStream, Tokenizer
 from starlm.generate.request import Piece, TokenLogprob
 
 
@@ -51,8 +51,14 @@ class Reply(ABC):
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]: ...
 
     def _text(self, number: int) -> str:
-        """The token's text; bytes that are no whole character become U+FFFD."""
-        return self._tokenizer.decode([number], skip_special=False)
+        r"""The token's text, or, as OpenAI writes bytes that are no whole characters, bytes:\xf0\x9f."""
+        if number in self._tokenizer.names:
+            return self._tokenizer.names[number]
+        spoken = self._tokenizer.token_bytes(number)
+        try:
+            return spoken.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spoken)
 
 
 class ChatReply(Reply):
@@ -110,7 +116,7 @@ class CompletionReply(Reply):
     def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         """See `Reply`."""
         super().__init__(model, tokenizer, logprobs=logprobs)
-        self._offsets: dict[int, int] = {}
+        self._spoken: dict[int, tuple[TextStream, int]] = {}
 
     def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """One chunk, if there is anything to say."""
@@ -130,9 +136,11 @@ class CompletionReply(Reply):
         if not self._logprobs:
             return None
         texts, offsets = [self._text(t.id) for t in tokens], []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
+        stream, length = self._spoken.get(index, (self._tokenizer.stream(), 0))
+        for token in tokens:
+            offsets.append(length)
+            length += len(stream.push(token.id))
+        self._spoken[index] = stream, length
         tops = [{self._text(number): _finite(logprob) for number, logprob in t.alternatives} for t in tokens]
         return {
             "tokens": texts,

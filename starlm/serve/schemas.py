@@ -81,7 +81,7 @@ class GenerationRequest(Strict):
     """Only the k likeliest tokens; 0 is off."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Only tokens at least this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Above 1 makes tokens that occurred, also in the prompt, less likely."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Taken from the logits of tokens that the answer has already."""

@@ -90,6 +90,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Whoever connects from now on waits until the server runs.
+        listener.listen(2048)
     except OSError as error:
         raise InputError(
             f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another with --port; --port 0 "
