@@ -85,6 +85,7 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -93,6 +94,8 @@ def _listen(host: str, port: int) -> socket.socket:
         # Whoever connects from now on waits until the server runs.
         listener.listen(2048)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise InputError(
             f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another with --port; --port 0 "
             f"takes a free one."
