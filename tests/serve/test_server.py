@@ -20,10 +20,19 @@ KEY = {"Authorization": "Bearer sesame"}
 def limited(run, tmp_path_factory):
     """A server with one slot, a queue of one, and small limits."""
     options = (
-        *("--slots", "1", "--queue", "1", "--timeout", "4", "--max-body", "5000", "--max-context", "60000"),
+        *("--slots", "1", "--queue", "1", "--max-body", "5000", "--max-context", "60000"),
         *("--api-key", "sesame", "--cors-origin", "https://example.org", "--cors-origin", "http://a.b:3"),
     )
     found = Server(tmp_path_factory.mktemp("limited"), "--model", run, *options).ready()
+    yield found
+    assert found.stop() == 0
+    assert "traceback" not in found.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def hasty(run, tmp_path_factory):
+    """A server with one slot that gives a request two seconds."""
+    found = Server(tmp_path_factory.mktemp("hasty"), "--model", run, "--slots", "1", "--timeout", "2").ready()
     yield found
     assert found.stop() == 0
     assert "traceback" not in found.log.read_text()
@@ -112,16 +121,17 @@ def test_limits(limited):
     assert limited.post("/v1/completions", {**LONG, "n": 2}, headers=KEY).status == 400
 
 
-def test_time_is_up(limited):
+@pytest.mark.slow
+def test_time_is_up(hasty):
     began = time.monotonic()
-    answer = limited.post("/v1/completions", LONG, headers=KEY)
+    answer = hasty.post("/v1/completions", LONG)
     assert (answer.status, answer.body["error"]["code"]) == (504, "timeout")
     assert time.monotonic() - began < 30
-    answer = limited.post("/v1/completions", {**LONG, "stream": True}, headers=KEY)
+    answer = hasty.post("/v1/completions", {**LONG, "stream": True})
     events = answer.body.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
     assert len(events) > 10
-    wait_for(lambda: running(limited, headers=KEY) == (0, 0))
+    wait_for(lambda: running(hasty) == (0, 0))
 
 
 def test_a_full_queue(limited):
@@ -159,15 +169,16 @@ def test_a_client_that_leaves_within_its_request(server):
     assert server.get("/health").status == 200
 
 
-def test_a_client_that_reads_nothing_harms_nobody(limited):
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_harms_nobody(hasty):
     """Others are served when its time is up, and little is kept for it."""
-    process = psutil.Process(limited.process.pid)
+    process = psutil.Process(hasty.process.pid)
     before = process.memory_info().rss
-    with Open(limited, {**LONG, "stream": True, "logprobs": 5}, headers=KEY) as slow:
+    with Open(hasty, {**LONG, "stream": True, "logprobs": 5}) as slow:
         slow.read(10)
-        answer = limited.post("/v1/completions", {**LONG, "max_tokens": 3}, headers=KEY, timeout=30)
+        answer = hasty.post("/v1/completions", {**LONG, "max_tokens": 3}, timeout=30)
         assert answer.status in (200, 504)
-        wait_for(lambda: running(limited, headers=KEY) == (0, 0))
+        wait_for(lambda: running(hasty) == (0, 0))
         assert process.memory_info().rss - before < 200 << 20
 
 
