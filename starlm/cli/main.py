@@ -35,6 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench layer": ("starlm.cli.bench", "time one layer beside attention, convolution and Mamba-2"),
     "bench train": ("starlm.cli.bench", "time training steps of whole models"),
     "bench decode": ("starlm.cli.bench", "time generation behind a long context"),
+    "bench serve": ("starlm.cli.bench", "time a server with 1, 8 and 64 clients"),
     "report": ("starlm.cli.report", "a page with curves, samples and settings of one or several runs"),
     "doctor": ("starlm.cli.doctor", "what this machine has, and what is missing"),
 }
