@@ -7,11 +7,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from starlm.errors import InputError
-from starlm.generate.sampling import Sampling, choose, probabilities
+from starlm.errors import InputError, StarLMError
+from starlm.generate import sampling as module
+from starlm.generate.sampling import Sampler, Sampling
 
 # Chances 0.5, 0.25, 0.125, 0.125 in another order.
 LOGITS = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64).log() + 3
+
+
+def sampler(options, prompt=(), generated=(), vocab_size=None):
+    made = Sampler(options, vocab_size or 100, prompt)
+    for token in generated:
+        made.add(token)
+    return made
+
+
+def probabilities(logits, options, prompt=(), generated=()):
+    made = sampler(options, prompt, generated, len(logits))
+    return module.probabilities(logits[None], [made])[0]
+
+
+def choose(logits, made):
+    return module.choose(logits[None], [made])[0]
 
 
 @pytest.mark.parametrize(
@@ -58,15 +75,74 @@ def test_top_k_lets_no_tie_through():
 
 def test_repetition_penalty():
     """Positive logits are divided, negative ones multiplied, each once, however often a token occurred."""
-    logits, history = torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0]), torch.tensor([0, 1, 1, 1, 0])
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0])
     wanted = torch.tensor([1.0, -2.0, 0.5, 3.0, -2.0])
-    got = probabilities(logits, Sampling(temperature=1.0, repetition_penalty=2.0), history)
-    torch.testing.assert_close(got, wanted.softmax(-1))
+    options = Sampling(temperature=1.0, repetition_penalty=2.0)
+    torch.testing.assert_close(probabilities(logits, options, [0, 1, 1], [1, 0]), wanted.softmax(-1))
     assert logits[0] == 2, "the caller's logits are left alone"
     greedy = Sampling(temperature=0, repetition_penalty=10.0)
-    assert probabilities(logits, greedy, torch.tensor([3])).argmax() == 0
-    for none in (None, torch.tensor([], dtype=torch.long)):
-        assert probabilities(logits, greedy, none).argmax() == 3
+    assert probabilities(logits, greedy, [3]).argmax() == 0
+    assert probabilities(logits, greedy).argmax() == 3
+
+
+def test_presence_and_frequency_penalties():
+    """logit[j] - count[j] * frequency - (count[j] > 0) * presence, counted over what was generated."""
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0])
+    wanted = logits - torch.tensor([2 * 0.25 + 1.5, 0.25 + 1.5, 0, 0, 0])
+    options = Sampling(temperature=1.0, presence_penalty=1.5, frequency_penalty=0.25)
+    got = probabilities(logits, options, prompt=[3, 3, 4], generated=[0, 1, 0])
+    torch.testing.assert_close(got, wanted.softmax(-1))
+    rewarded = Sampling(temperature=0, frequency_penalty=-2.0)
+    assert probabilities(logits, rewarded, generated=[2, 2]).argmax() == 2
+
+
+def test_logit_bias():
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0])
+    options = Sampling(temperature=1.0, logit_bias={1: 4.0, 3: -math.inf})
+    wanted = torch.tensor([2.0, 3.0, 0.5, -math.inf, -2.0])
+    torch.testing.assert_close(probabilities(logits, options), wanted.softmax(-1))
+    assert choose(logits, sampler(Sampling(temperature=0, logit_bias={4: 100}), vocab_size=5)) == 4
+    with pytest.raises(InputError, match="logit_bias names token 5; the vocabulary has 5 tokens"):
+        Sampler(Sampling(logit_bias={5: 1.0}), 5)
+
+
+def test_nothing_to_choose():
+    nothing = sampler(Sampling(logit_bias=dict.fromkeys(range(3), -math.inf)), vocab_size=3)
+    for logits, made in ((torch.zeros(3), nothing), (torch.full((3,), torch.nan), sampler(Sampling()))):
+        with pytest.raises(StarLMError, match="not finite, or logit_bias forbids every token"):
+            choose(logits, made)
+
+
+OPTIONS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 4, 50]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    logit_bias=st.sampled_from([{}, {3: 2.0}]),
+    seed=st.integers(0, 9),
+)
+
+
+@given(rows=st.lists(OPTIONS, min_size=1, max_size=8), seed=st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_a_batch_is_its_rows(rows, seed):
+    """Distribution and draw of each sample are what they would be alone."""
+    torch.manual_seed(seed)
+    logits = torch.randn(len(rows), 20) * 3
+    histories = [torch.randint(20, (2, 6)).tolist() for _ in rows]
+
+    def made():
+        return [sampler(o, *history, 20) for o, history in zip(rows, histories, strict=True)]
+
+    got = module.probabilities(logits, made())
+    wanted = [probabilities(row, o, *h) for row, o, h in zip(logits, rows, histories, strict=True)]
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-5, atol=1e-7)
+    alone = [choose(row, one) for row, one in zip(logits, made(), strict=True)]
+    assert module.choose(logits, made()) == alone
 
 
 @given(
@@ -81,7 +157,7 @@ def test_repetition_penalty():
 def test_any_options(seed, temperature, top_k, top_p, min_p, penalty):
     """Always a distribution, never without the likeliest token, and order is kept."""
     torch.manual_seed(seed)
-    logits, history = torch.randn(20) * 10, torch.randint(20, (5,))
+    logits, history = torch.randn(20) * 10, torch.randint(20, (5,)).tolist()
     options = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty, seed=1
     )
@@ -91,42 +167,46 @@ def test_any_options(seed, temperature, top_k, top_p, min_p, penalty):
     assert top_k == 0 or chances.gt(0).sum() <= top_k
     plain = probabilities(logits, Sampling(temperature=1.0, repetition_penalty=penalty), history)
     assert chances[plain.argmax()] == chances.max()
-    assert chances[choose(logits, options, options.generator(), history)] > 0
+    assert chances[choose(logits, sampler(options, history, (), 20))] > 0
 
 
 def test_greedy_is_argmax_and_so_is_top_k_1():
     for seed in range(50):
         logits = torch.randn(100)
-        for options in (Sampling(temperature=0), Sampling(top_k=1, temperature=3.0), Sampling(top_p=1e-9)):
-            generator = torch.Generator().manual_seed(seed)
-            assert choose(logits, options, generator) == logits.argmax()
+        for options in (
+            Sampling(temperature=0, seed=seed),
+            Sampling(top_k=1, temperature=3.0, seed=seed),
+            Sampling(top_p=1e-9, seed=seed),
+        ):
+            assert choose(logits, sampler(options)) == logits.argmax()
 
 
 def test_impossible_logits_are_never_chosen():
-    logits = torch.tensor([-torch.inf, 0.0, -torch.inf])
-    assert {choose(logits, Sampling(seed=1), Sampling(seed=1).generator()) for _ in range(20)} == {1}
+    logits, made = torch.tensor([-torch.inf, 0.0, -torch.inf]), sampler(Sampling(seed=1))
+    assert {choose(logits, made) for _ in range(50)} == {1}
+    made.allowed = torch.tensor([True, False, True])
+    assert {choose(torch.zeros(3), made) for _ in range(50)} == {0, 2}
 
 
 def test_draws_follow_the_distribution():
     options = Sampling(temperature=1.0, seed=5)
-    generator = options.generator()
-    counts = torch.bincount(
-        torch.tensor([choose(LOGITS, options, generator) for _ in range(4000)]), minlength=4
-    )
+    made = sampler(options)
+    counts = torch.bincount(torch.tensor([choose(LOGITS, made) for _ in range(4000)]), minlength=4)
     # Five standard deviations of the largest.
     assert (counts / 4000 - LOGITS.softmax(-1)).abs().max() < 5 * math.sqrt(0.25 / 4000)
 
 
-def draws(seed):
-    options = Sampling(seed=seed)
-    generator = options.generator()
-    return [choose(LOGITS, options, generator) for _ in range(40)]
+def draws(seed, index=0):
+    made = Sampler(Sampling(seed=seed), 4, index=index)
+    return [choose(LOGITS, made) for _ in range(40)]
 
 
 def test_seed():
     assert draws(7) == draws(7)
     assert draws(7) != draws(8)
     assert draws(None) != draws(None)
+    assert draws(7, 1) == draws(7, 1)
+    assert len({tuple(draws(seed, index)) for seed in (7, 8) for index in range(4)}) == 8
     torch.manual_seed(0)
     one = draws(7)
     torch.manual_seed(1)
@@ -141,6 +221,9 @@ def test_seed():
         ("top_p", (0.0, 1.1, math.nan)),
         ("min_p", (-0.1, 1.1, math.nan)),
         ("repetition_penalty", (0.0, -1.0, math.inf, math.nan)),
+        ("presence_penalty", (math.inf, math.nan)),
+        ("frequency_penalty", (-math.inf, math.nan)),
+        ("logit_bias", ({-1: 1.0}, {1: math.nan}, {1: math.inf})),
         ("seed", (2**64, -(2**63) - 1)),
     ],
 )
