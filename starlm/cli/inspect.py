@@ -26,7 +26,7 @@ class InspectOptions:
     png: Path | None = None
     """Picture to write beside it (.png): the arcs of one token, and how far back every layer reads."""
     token: int | None = None
-    """The token whose arcs are drawn first, counted from 0, the beginning of the document; default the last."""
+    """The token whose arcs are drawn first, counted from 0, where the document begins; default the last."""
     draw: int = 256
     """At most this many tokens are drawn, around the chosen one; figures count all."""
     device: str = "auto"
@@ -35,6 +35,9 @@ class InspectOptions:
     def __post_init__(self) -> None:
         if self.text is not None and self.prompt_file is not None:
             raise InputError("Give the text once: --text or --prompt-file.")
+        for name, path, ending in (("out", self.out, ".html"), ("png", self.png, ".png")):
+            if path is not None and path.suffix != ending:
+                raise InputError(f"{name} must end in {ending}; got {path}.")
         if self.draw < 1:
             raise InputError(f"draw must be 1 or more; got {self.draw}.")
 
@@ -52,8 +55,13 @@ def run(options: InspectOptions, console: Console) -> dict[str, Any]:
     token = _token(options.token, len(tokens))
     begin = max(0, min(token - options.draw // 2, len(tokens) - options.draw))
     found = reads(model.model, tokens, begin=begin, end=begin + options.draw)
+    drawn = range(found.begin, found.end)
+    read = {row for head in found.heads for rows in head.rows for row, _ in rows}
     names = model.tokenizer.names
-    texts = [names.get(n) or visible(model.tokenizer.token_bytes(n)) for n in tokens[found.begin : found.end]]
+    texts = {
+        row: names.get(tokens[row]) or visible(model.tokenizer.token_bytes(tokens[row]))
+        for row in sorted(read.union(drawn))
+    }
     data = {"title": str(options.model), "token": token, "texts": texts, **asdict(found)}
     files = [write_page(data, options.out, token=token)]
     if options.png is not None:
@@ -73,17 +81,17 @@ def _token(token: int | None, length: int) -> int:
 
 
 def _say(data: dict[str, Any], console: Console) -> None:
-    rows = [("layer", "kind", "heads", "median", "90 %", "max", "nothing")]
+    rows: list[list[str]] = [["layer", "kind", "heads", "median", "90 %", "max", "nothing"]]
     for group in data["groups"]:
         reach = group["reach"]
-        figures = (f"{reach[name]:,}" for name in ("median", "p90", "max"))
+        figures = [f"{reach[name]:,}" for name in ("median", "p90", "max")]
         nothing = f"{reach['nothing']:.1%}" if reach["nothing"] else ""
-        rows.append((str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing))
+        rows.append([str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing])
     console.table(rows)
     others = [name for name in data["layers"] if name != "deformer"]
     if others:
         console.say(
-            f"Left out, because they choose no rows: {len(others)} layers ({', '.join(sorted(set(others)))})."
+            f"Layers left out, because they choose no rows: {len(others)} ({', '.join(sorted(set(others)))})."
         )
     console.say()
 

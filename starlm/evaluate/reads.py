@@ -27,7 +27,7 @@ SHARE, PARTS = 0.01, 10
 LAYERS = {"D": "deformer", "A": "attention", "W": "windowed attention", "C": "convolution"}
 # Tokens that go through the model in one call.
 _CHUNK = 512
-# The largest distance of each bucket in which reads are counted: each token its own up to 1024, beyond to 1 %,
+# The largest distance of each bucket in which reads are counted: every one up to 1024 tokens, beyond to 1 %,
 # with every power of two among them. So a million tokens take no more memory than a thousand.
 _EDGES = torch.from_numpy(
     np.concatenate([np.arange(1024), np.round(2.0 ** np.linspace(10, 40, 30 * 70 + 1))]).astype(np.int64)
@@ -242,7 +242,9 @@ class Tally:
         """The reach of these heads together."""
         counts, furthest = self._counts[heads].sum(0), int(self._furthest[heads].max())
         total, asked = counts.sum().item(), self._asked * len(heads)
-        below = (counts.cumsum(0) / total if total else counts).contiguous()
+        if not total:
+            return Reach(histogram=(), median=0, p90=0, max=0, nothing=float(asked > 0))
+        below = counts.cumsum(0) / total
         # Rounding may leave the last sum just below 1.
         median, p90 = (
             min(int(_EDGES[torch.searchsorted(below, share - 1e-9)]), furthest) if total else 0
@@ -252,11 +254,11 @@ class Tally:
         at_bins = below[torch.searchsorted(_EDGES, torch.tensor(BINS[:size]))]
         histogram = at_bins.diff(prepend=at_bins.new_zeros(1)).tolist()
         return Reach(
-            histogram=tuple(round(share, 6) for share in histogram) if total else (),
+            histogram=tuple(round(share, 6) for share in histogram),
             median=median,
             p90=p90,
             max=furthest,
-            nothing=round(1 - total / asked, 6) if asked else 0.0,
+            nothing=max(round(1 - total / asked, 6), 0.0),
         )
 
     def groups(self, layer: int) -> Iterator[GroupReads]:

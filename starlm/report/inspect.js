@@ -14,16 +14,16 @@ function element(name, text, attributes = {}) {
   return made;
 }
 
-const spans = data.texts.map((text, at) => {
-  const token = data.begin + at;
-  return element("span", text, { role: "option", id: "t" + token, title: "token " + token, "aria-selected": "false" });
+const numbers = Array.from({ length: data.end - data.begin }, (_, at) => data.begin + at);
+const spans = numbers.map((token) => {
+  return element("span", data.texts[token], { role: "option", id: "t" + token, title: "token " + token, "aria-selected": "false" });
 });
 if (data.begin) {
   by("tokens").append(element("span", "⋯ " + data.begin.toLocaleString("en") + " tokens before", { class: "before", id: "before" }));
 }
-data.texts.forEach((text, at) => {
-  by("tokens").append(spans[at]);
-  if (text.includes("↵")) by("tokens").append(element("span", "", { class: "break", "aria-hidden": "true" }));
+spans.forEach((span) => {
+  by("tokens").append(span);
+  if (span.textContent.includes("↵")) by("tokens").append(element("br"));
 });
 
 function option(value, text) { return element("option", text, { value }); }
@@ -123,11 +123,6 @@ function draw() {
   tell(heads, at);
 }
 
-function name(row) {
-  const text = data.texts[row - data.begin];
-  return text === undefined ? "(not shown)" : text;
-}
-
 function reads(head, at) {
   const cell = element("td");
   const rows = head.rows[at];
@@ -141,7 +136,7 @@ function reads(head, at) {
     const best = [...rows].sort((one, two) => two[1] - one[1]).slice(0, 4);
     best.forEach(([row, share], number) => {
       const back = row === chosen ? "itself" : (chosen - row).toLocaleString("en") + " back";
-      cell.append(number ? "; " : "", element("code", name(row)), ` ${back}, ${percent(share)}`);
+      cell.append(number ? "; " : "", element("code", data.texts[row]), ` ${back}, ${percent(share)}`);
     });
     if (rows.length > best.length) cell.append(`; ${rows.length - best.length} more`);
     if (head.kind !== "now") cell.append(element("span", ` (measured from row ${head.origins[at].toLocaleString("en")})`, { class: "quiet" }));
@@ -151,7 +146,7 @@ function reads(head, at) {
 
 function tell(heads, at) {
   const missing = new Set(heads.filter((head) => !head.rows[at].length).map((head) => head.kind));
-  by("says").replaceChildren("Token " + chosen.toLocaleString("en") + " ", element("code", name(chosen)), ": "
+  by("says").replaceChildren("Token " + chosen.toLocaleString("en") + " ", element("code", data.texts[chosen]), ": "
     + (missing.size ? `no such row for ${[...missing].join(", ")} heads.` : "every head shown reads something."));
   const streams = document.querySelector(".reads thead").textContent.includes("Stream");
   by("reads").replaceChildren(...heads.map((head) => {

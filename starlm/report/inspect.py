@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from starlm.errors import InputError
 from starlm.files import readable_os_errors, write_whole
 from starlm.report.page import template
 from starlm.version import __version__
@@ -28,15 +27,13 @@ def write_page(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
     """Write the page; its path.
 
     Args:
-        data: the fields of `TextReads`, and `title`, and `texts` of the tokens from `begin` to `end`.
-        out: ends in .html.
+        data: the fields of `TextReads`, `title`, and `texts`: by number, of each token from `begin` to `end`
+            and of those that these read.
         token: the one that is chosen when the page opens.
 
     Raises:
-        InputError: another file name, or a place that cannot be written.
+        InputError: a place that cannot be written.
     """
-    if out.suffix != ".html":
-        raise InputError(f"The page's name must end in .html; got {out}.")
     kinds = kinds_of(data["groups"])
     page = template("inspect.html.jinja", html=True).render(
         title=data["title"],
@@ -46,8 +43,9 @@ def write_page(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
         layers=_layers(data, kinds),
         heads=data["heads"],
         streams=len({head["stream"] for head in data["heads"]}) > 1,
-        data={**{name: data[name] for name in ("begin", "texts", "layers", "heads")}, "token": token},
+        data={**{name: data[name] for name in ("begin", "end", "texts", "layers", "heads")}, "token": token},
         bins=bin_names(data["bins"]),
+        furthest=short(max(data["bins"], default=0)),
         version=__version__,
     )
     _write(out, page.encode())

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
-from starlm.errors import InputError
 from starlm.files import readable_os_errors, write_whole
-from starlm.report.inspect import bin_names, kinds_of, series
+from starlm.report.inspect import kinds_of, series, short
 
 COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2"]
 INK, LINE = "#666d7a", "#e3e6eb"
@@ -29,17 +28,35 @@ def write_picture(data: Mapping[str, Any], out: Path, *, token: int) -> Path:
         token: the one whose arcs are drawn.
 
     Raises:
-        InputError: another file name, or a place that cannot be written.
+        InputError: a place that cannot be written.
     """
-    if out.suffix != ".png":
-        raise InputError(f"The picture's name must end in .png; got {out}.")
+    return _write(data, out, token)
+
+
+def write_histograms(data: Mapping[str, Any], out: Path) -> Path:
+    """Write only how far back every layer reads, as PNG; its path.
+
+    Args:
+        data: `layers`, `bins` and `groups`, as for `write_page`.
+
+    Raises:
+        InputError: as for `write_picture`.
+    """
+    return _write(data, out, None)
+
+
+def _write(data: Mapping[str, Any], out: Path, token: int | None) -> Path:
     kinds = kinds_of(data["groups"])
     layers = sum(layer == "deformer" for layer in data["layers"])
+    top = [] if token is None else [3]
     with mpl.rc_context({"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": LINE}):
-        figure = Figure(figsize=(12, 3.9 + 0.95 * layers), layout="constrained", facecolor="white")
-        grid = figure.add_gridspec(1 + layers, max(len(kinds), 1), height_ratios=[3, *[0.8] * layers])
-        _arcs(figure.add_subplot(grid[0, :]), data, kinds, token)
-        _histograms(figure, grid, data, kinds)
+        size = (12, sum(top) * 1.25 + 0.15 + 0.95 * layers)
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        rows = [*top, *[0.8] * layers]
+        grid = figure.add_gridspec(max(len(rows), 1), max(len(kinds), 1), height_ratios=rows or [1])
+        if token is not None:
+            _arcs(figure.add_subplot(grid[0, :]), data, kinds, token)
+        _histograms(figure, grid, data, kinds, first_row=len(top))
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     with readable_os_errors(out):
@@ -59,9 +76,9 @@ def _arcs(axes: Any, data: Mapping[str, Any], kinds: Sequence[str], token: int) 
             axes.text(left + 1, -0.5, "⋯", color=INK, ha="center", va="center", fontsize=9)
             left += 2.5
         label = _label(data, column)
-        axes.text(left, -0.5, label, family="monospace", fontsize=8, va="center",
-                  color="white" if column == token else "black",
-                  bbox={"facecolor": "#16181d", "edgecolor": "none", "pad": 1.5} if column == token else None)  # fmt: skip
+        frame = {"facecolor": "#16181d", "edgecolor": "none", "pad": 1.5} if column == token else None
+        color = "white" if column == token else "black"
+        axes.text(left, -0.5, label, family="monospace", fontsize=8, va="center", color=color, bbox=frame)
         at[column] = (left + len(label) / 2, len(label))
         left += len(label) + 0.6
         previous = column
@@ -124,7 +141,8 @@ def chosen_columns(
 
 
 def _label(data: Mapping[str, Any], row: int) -> str:
-    text = data["texts"][row - data["begin"]] if row >= data["begin"] else f"#{row}"
+    # The rows that anchored heads measure from need not be read.
+    text = data["texts"].get(row, f"#{row}")
     return text if len(text) <= 12 else f"{text[:11]}…"
 
 
@@ -158,14 +176,16 @@ def _windows(
             )
 
 
-def _histograms(figure: Any, grid: Any, data: Mapping[str, Any], kinds: Sequence[str]) -> None:
+def _histograms(
+    figure: Any, grid: Any, data: Mapping[str, Any], kinds: Sequence[str], *, first_row: int
+) -> None:
     """One histogram per layer and kind: share of the reads by distance."""
-    names = bin_names(data["bins"])
+    names = [short(last) for last in data["bins"]]
     found = {(group["layer"], group["kind"]): group["reach"] for group in data["groups"]}
     deformers = [number for number, layer in enumerate(data["layers"]) if layer == "deformer"]
     for line, layer in enumerate(deformers):
         for column, kind in enumerate(kinds):
-            axes = figure.add_subplot(grid[1 + line, column])
+            axes = figure.add_subplot(grid[first_row + line, column])
             reach = found[layer, kind]
             axes.bar(
                 range(len(reach["histogram"])), reach["histogram"], width=0.8, color=COLORS[series(kind)]
@@ -190,5 +210,7 @@ def _histograms(figure: Any, grid: Any, data: Mapping[str, Any], kinds: Sequence
                 axes.set_ylabel(f"layer {layer + 1}", color=INK)
             if last:
                 axes.set_xlabel(
-                    "window, tokens" if kind == "box" else f"{kind}: tokens back", color=INK, fontsize=8
+                    "box: windows up to n tokens" if kind == "box" else f"{kind}: up to n tokens back",
+                    color=INK,
+                    fontsize=8,
                 )

@@ -10,6 +10,9 @@ import pytest
 
 from starlm.cli.main import main
 
+# Helpers stand beside the tests that use them.
+sys.path.insert(0, str(Path(__file__).parent))
+
 
 @dataclass
 class Outcome:

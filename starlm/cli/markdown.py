@@ -1,0 +1,84 @@
+"""Markdown on a terminal while it is being written."""
+
+import re
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters but tabs and line ends spelt out: none may steer the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class MarkdownStream:
+    """Shows a growing text: finished blocks are printed once, the last one is drawn again as it grows.
+
+    with MarkdownStream(console) as stream:
+        for piece in pieces:
+            stream.push(piece)
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Args: console: on a terminal."""
+        self._console, self._text = console, ""
+        self._live = Live(console=console, refresh_per_second=8, transient=True, vertical_overflow="crop")
+
+    def __enter__(self) -> "MarkdownStream":
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # Also after Ctrl+C: what came stays on the screen.
+        self._live.update("")
+        self._live.stop()
+        self._print(self._text)
+
+    def push(self, piece: str) -> None:
+        """Add text."""
+        self._text += printable(piece)
+        done = finished(self._text)
+        if done:
+            self._print(self._text[:done])
+            self._text = self._text[done:]
+        self._live.update(_Block(self._text, last_only=True))
+
+    def _print(self, text: str) -> None:
+        if text.strip():
+            self._console.print(_Block(text))
+            self._console.print()
+
+
+def finished(text: str) -> int:
+    """Characters of a text that nothing which follows can change: all blocks but the last."""
+    blocks = [token.map[0] for token in Markdown(text).parsed if token.map and token.level == 0]
+    if len(blocks) < 2:
+        return 0
+    lines = text.splitlines(keepends=True)
+    return sum(len(line) for line in lines[: blocks[-1]])
+
+
+class _Block:
+    """Markdown without the empty lines around it."""
+
+    def __init__(self, text: str, *, last_only: bool = False) -> None:
+        """Args: last_only: only as many of the last lines as the screen has."""
+        # Colours of the terminal's own palette: they can be read on light and on dark.
+        self._inner, self._last_only = Markdown(text, code_theme="ansi_dark"), last_only
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._inner, options, pad=False)
+        filled = [number for number, line in enumerate(lines) if "".join(part.text for part in line).strip()]
+        if not filled:
+            return
+        lines = lines[filled[0] : filled[-1] + 1]
+        if self._last_only:
+            lines = lines[-max(console.height - 2, 1) :]
+        for line in lines:
+            yield from line
+            yield Segment.line()

@@ -1,0 +1,228 @@
+"""Conversations: messages, how they become the tokens that a model continues, and the next answer.
+
+A checkpoint with a chat_template.jinja was trained on conversations, and the template says how they are
+written. Any other model only continues text: there the messages are one text.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
+from starlm.files import write_whole
+from starlm.generate.sampling import Sampling
+from starlm.generate.text import TextModel
+
+TEMPLATE = "chat_template.jinja"
+ROLES = ("system", "user", "assistant")
+# Tokens that end an answer besides <|bos|>.
+ENDS = ("<|assistant_end|>", "<|user_start|>")
+
+Render = Callable[[Sequence["Message"]], list[int]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def answer(
+    model: TextModel,
+    messages: Sequence[Message],
+    *,
+    render: Render | None,
+    max_tokens: int,
+    sampling: Sampling,
+) -> Iterator[str]:
+    """The next message of the assistant, in pieces of whole characters, as they come.
+
+    Args:
+        messages: up to one of the user.
+        render: the tokens after which the assistant speaks; None continues `as_text` of the messages.
+
+    Raises:
+        InputError: the template refuses the messages, or the decode state does not fit into memory.
+    """
+    if render is None:
+        return model.stream(as_text(messages), max_tokens=max_tokens, **asdict(sampling))
+    return _spoken(model, render(messages), max_tokens, sampling)
+
+
+def _spoken(model: TextModel, tokens: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
+    ends = {model.tokenizer.special[name] for name in ENDS}
+    text = model.tokenizer.stream()
+    for token in model.tokens(tokens, max_tokens, sampling):
+        if token in ends:
+            break
+        if piece := text.push(token):
+            yield piece
+    if rest := text.flush():
+        yield rest
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """All messages as one text; after an answer, and a system message, the next begins on a new line."""
+    text = ""
+    for message in messages:
+        if message.role == "user" and text and not text.endswith("\n"):
+            text += "\n"
+        text += message.content
+    return text
+
+
+def renderer(folder: Path, tokenizer: Tokenizer) -> Render | None:
+    """How the checkpoint in `folder` writes conversations: by its chat template; None if it has none.
+
+    Raises:
+        InputError: a template that cannot be read or is none.
+    """
+    file = folder / TEMPLATE
+    if not file.exists():
+        return None
+    try:
+        return by_template(file.read_text(encoding="utf-8"), tokenizer)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read {file}: {error}. Copy the checkpoint again.") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def by_template(source: str, tokenizer: Tokenizer) -> Render:
+    """A function from messages to tokens, by a chat template as transformers has them.
+
+    The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
+    holds these characters, so nobody can speak in another's name.
+
+    Args:
+        source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
+
+    Raises:
+        InputError: not Jinja; and from the function, messages that the template refuses or fails on.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.globals["raise_exception"] = _refuse
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"The chat template is not valid Jinja: {error}. Mend it, or take --plain."
+        ) from None
+    names = re.compile("(" + "|".join(map(re.escape, tokenizer.special)) + ")")
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        # The template sees a mark, which nobody can guess, in the place of each text.
+        marks = {f"[{secrets.token_hex(8)}]": message.content for message in messages}
+        turns = [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        try:
+            written = template.render(
+                messages=turns, bos_token="<|bos|>", eos_token="<|bos|>", add_generation_prompt=True
+            )
+        except Exception as error:  # What a template does can fail in any way.
+            raise InputError(
+                f"The model's chat template does not take this conversation: {error}. Change the messages, "
+                f"or take --plain."
+            ) from None
+        tokens: list[int] = []
+        # What stands between two special tokens is encoded in one go, as in training.
+        for piece in names.split(written):
+            if piece in tokenizer.special:
+                tokens.append(tokenizer.special[piece])
+            else:
+                filled = re.sub(r"\[[0-9a-f]{16}\]", lambda found: marks.get(found[0], found[0]), piece)
+                tokens += tokenizer.encode(filled)
+        return tokens
+
+    return render
+
+
+class _Generation(Extension):
+    """{% generation %}: what the assistant says, marked for training; here it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements within."""
+        next(parser.stream)
+        inner: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return inner
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def read_conversation(path: Path) -> list[Message]:
+    """The messages in a JSON file.
+
+    Raises:
+        InputError: no such file, or not a conversation.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read the conversation {path}: {error.strerror}. Check the path.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a conversation: it is not JSON ({error}). Give a file that starlm chat has saved."
+        ) from None
+    try:
+        return check_messages(value.get("messages") if isinstance(value, dict) else value)
+    except InputError as error:
+        raise InputError(f"{path} is not a conversation: {error}") from None
+
+
+def write_conversation(path: Path, messages: Sequence[Message]) -> None:
+    """Write the messages as JSON, whole or not at all.
+
+    Raises:
+        InputError: the disk is full or the place is not writable.
+    """
+    value = {"messages": [asdict(message) for message in messages]}
+    write_whole(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def check_messages(values: Any) -> list[Message]:
+    """Messages from what JSON gave.
+
+    Raises:
+        InputError: anything but, perhaps, one of system, and then user and assistant in turn.
+    """
+    if not isinstance(values, list):
+        raise InputError('it needs "messages", a list of objects with "role" and "content".')
+    messages: list[Message] = []
+    for number, value in enumerate(values, 1):
+        role, content = (
+            (value.get(key) for key in ("role", "content")) if isinstance(value, dict) else (None,) * 2
+        )
+        if role not in ROLES or not isinstance(content, str):
+            raise InputError(
+                f'message {number} needs a "role" of {", ".join(ROLES)} and a text as "content"; got '
+                f"{str(value)[:80]!r}."
+            )
+        expected = "assistant" if messages and messages[-1].role == "user" else "user"
+        if role != expected and not (role == "system" and number == 1):
+            raise InputError(f"message {number} must be one of {expected}; got one of {role}.")
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"message {number} has half of a surrogate pair, which is no character."
+            ) from None
+        messages.append(Message(role, content))
+    return messages
