@@ -31,6 +31,7 @@ ONLY = {
     "ops": {"errors"},
     "data": {"errors", "files", "settings"},
     "report": {"errors", "files", "settings", "version"},
+    "serve": {"errors", "version", "data", "model", "generate", "evaluate"},
 }
 # Modules from outside that a room must do without.
 NEVER = {"data": {"torch", "transformers"}, "report": {"torch"}, "cli": set(), "settings": {"torch"}}

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from starlm.serve import schemas
-from starlm.serve.chat import Prompt
+from starlm.serve.chat import Prompt, text_prompt
 from starlm.serve.config import ServeOptions
 from starlm.serve.errors import APIError, bad_request
 from starlm.serve.gate import Gate
@@ -154,8 +154,7 @@ def _add_reads(app: FastAPI, models: Models) -> None:
 
 
 def _prompt(prompt: str | list[int], served: Served) -> Prompt:
-    tokens, begin = served.text.prompt(prompt) if isinstance(prompt, str) else (prompt, b"")
-    return Prompt(tokens=tokens, begin=begin)
+    return text_prompt(prompt, served.text) if isinstance(prompt, str) else Prompt(tokens=prompt)
 
 
 def _describe(app: FastAPI) -> None:

@@ -44,7 +44,7 @@ class ServeOptions:
     """Seconds that answers have to finish in after SIGTERM or Ctrl+C; then they are cut off."""
     chat: Literal["auto", "plain"] = "auto"
     """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja if it has one (auto), or
-    always as lines of `User:` and `Assistant:` (plain), which suits models that were not trained on chats."""
+    always as one text that the model continues (plain), which suits models that were not trained on chats."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 

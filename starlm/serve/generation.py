@@ -70,7 +70,7 @@ class Generation:
                     max_tokens=self._max_tokens,
                     sampling=sampling,
                     n=self._body.n,
-                    stop=(*self._body.stops, *prompt.stop),
+                    stop=self._body.stops,
                     logprobs=self._logprobs,
                     begin=prompt.begin,
                 )

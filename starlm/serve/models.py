@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starlm.data.tokenizer import Tokenizer
+from starlm.generate.chat import ENDS, renderer
 from starlm.generate.engine import Engine
 from starlm.generate.request import Request
 from starlm.generate.text import TextModel, load
 from starlm.model.checkpoint import find_checkpoint
-from starlm.serve.chat import PlainChat, TemplateChat, chat_format
+from starlm.serve.chat import Chat
 from starlm.serve.config import ServeOptions
 from starlm.serve.errors import APIError
 from starlm.serve.schemas import Model
@@ -24,7 +25,7 @@ class Served:
     folder: Path
     text: TextModel
     engine: Engine
-    chat: PlainChat | TemplateChat
+    chat: Chat
     max_context: int | None
 
     @property
@@ -86,9 +87,11 @@ class Models:
         for name, folder in self._folders.items():
             text = load(folder, device=options.device)
             # An answer ends with its turn, too; models that were trained on no chats never say so.
-            stop_ids = [text.tokenizer.bos, text.tokenizer.special["<|assistant_end|>"]]
+            stop_ids = text.stop_ids | {text.tokenizer.special[end] for end in ENDS}
             text = TextModel(text.model, text.tokenizer, stop_ids=stop_ids)
-            chat = chat_format(folder, text.tokenizer, options.chat)
+            chat = Chat(
+                model=text, render=None if options.chat == "plain" else renderer(folder, text.tokenizer)
+            )
             engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
             # The first call compiles kernels, which takes seconds: nobody is to wait for it.
             warming = Request(tokens=[text.tokenizer.bos] * 3, max_tokens=2)

@@ -330,8 +330,7 @@ class Model(Documented):
     created: int
     owned_by: str
     chat: Literal["template", "plain"]
-    """How a conversation becomes a prompt: by the checkpoint's template, or as lines of `User:` and
-    `Assistant:`."""
+    """How a conversation becomes a prompt: by the checkpoint's template, or all messages as one text."""
     vocab_size: int
     parameters: int
     max_context: int | None

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from runs import write_model_folder
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from runs import write_model_folder
 
 TEXT = "def f(x):\n    return x\ndef f(x):\n"

@@ -16,11 +16,12 @@ from models import make_model
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.files import whole_folder
+from starlm.generate.chat import ENDS
 from starlm.model.checkpoint import write_model
 
 TOKENIZER = Tokenizer.train(["def add(a, b):\n    return a + b  # é 你好 🙂\n" * 30], 300)
-# The same model never ends an answer by itself.
-ENDLESS = {"logit_bias": {str(TOKENIZER.bos): -100, str(TOKENIZER.special["<|assistant_end|>"]): -100}}
+# With these fields an answer never ends by itself.
+ENDLESS = {"logit_bias": {str(TOKENIZER.special[name]): -100 for name in ("<|bos|>", *ENDS)}}
 
 
 class Server:

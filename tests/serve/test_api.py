@@ -138,7 +138,7 @@ def test_chat_logprobs(client, stream):
         entries, text = answer.choices[0].logprobs.content, answer.choices[0].message.content
     assert len(entries) == 8
     spoken = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
-    assert spoken == " " + text, "the blank behind Assistant: is no part of the answer"
+    assert spoken == text
     for entry in entries:
         top = [other.logprob for other in entry.top_logprobs]
         assert len(top) == 3
@@ -163,7 +163,8 @@ def test_completion_logprobs_are_the_models(client, run):
     text = TOKENIZER.decode(ids[2:])
     assert lists.text_offset[0] == 0
     for offset, token in zip(lists.text_offset, lists.tokens, strict=True):
-        assert token.startswith("bytes:") or text[offset:].startswith(token)
+        # Bytes that turned out to be no character come first.
+        assert token.startswith("bytes:") or text[offset:].lstrip("\ufffd").startswith(token)
 
 
 def test_several_prompts_and_token_ids(client):

@@ -280,7 +280,7 @@ def test_sigterm_under_load(serve, run):
         (["--model", "run", "--port", "TAKEN"], "Choose another with --port"),
         (["--model", "run", "--host", "no.such.host.invalid", "--api-key", "k"], "Cannot listen on no.such"),
         (["--model", "run", "--cors-origin", "example.org"], "cors_origin must be scheme://host"),
-        (["--model", "broken"], "The chat template is not valid"),
+        (["--model", "broken"], "The chat template is not valid Jinja"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
