@@ -1,7 +1,10 @@
 """OpenAI's own client gets what it expects, streamed and not."""
 
 import json
+import re
+import subprocess
 import threading
+from pathlib import Path
 
 import openai
 import pytest
@@ -282,3 +285,27 @@ def test_reads(server):
     chat = server.post("/v1/starlm/reads", {"model": "other", "messages": turns}).body
     assert "".join(t["text"] for t in chat["tokens"][chat["begin"] :]) == "return"
     assert chat["tokens"][chat["begin"] - 1]["text"] == "<|assistant_start|>"
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def shown(language):
+    """The README's blocks that speak to a server."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if "127.0.0.1:8000" in block]
+
+
+def test_what_the_readme_shows_works(server, capsys):
+    (commands,), (program,) = shown("sh"), shown("py")
+    here = str(server.port)
+    # The server of these tests is elsewhere, and has another model.
+    commands, program = (
+        text.replace("8000", here).replace('"demo"', '"tiny"') for text in (commands, program)
+    )
+    done = subprocess.run(["sh", "-ec", commands], capture_output=True, text=True, check=True)
+    whole, streamed = done.stdout.split("}data: ", 1)
+    assert json.loads(whole + "}")["object"] == "text_completion"
+    assert streamed.endswith("data: [DONE]\n\n")
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out
