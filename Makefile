@@ -8,7 +8,7 @@ PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install demo test test-slow check lint types fmt bench clean
+.PHONY: help install demo test test-slow test-browser check lint types fmt bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,8 +47,12 @@ test: $(READY)
 
 # 5: no test has these markers.
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -q -m "slow and not gpu and not compile" || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and not compile and not browser" || [ $$? -eq 5 ]
 	@$(BIN)/python -m pytest -q -m "slow and compile and not gpu" || [ $$? -eq 5 ]
+
+# In a real Chromium, where there is one: Debian's, or one of playwright install chromium.
+test-browser: $(READY)
+	@$(BIN)/python -m pytest -q -m browser || [ $$? -eq 5 ]
 
 check: lint types test
 

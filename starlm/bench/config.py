@@ -147,6 +147,40 @@ class DecodeOptions(GridOptions):
         return f"{self.depth} layers, D = {self.dim}, V = {self.vocab_size}, {self.dtype}, one stream"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchOptions:
+    """How a server is loaded."""
+
+    model: Path = Path("runs/demo")
+    """Run folder (its last checkpoint is taken) or checkpoint folder."""
+    clients: tuple[int, ...] = (1, 8, 64)
+    """Clients that ask at the same time."""
+    requests: int = 4
+    """Requests of each client, one after the other."""
+    prompt_tokens: int = 128
+    """Tokens of a prompt."""
+    tokens: int = 64
+    """Tokens of an answer; fewer if the model ends it."""
+    slots: int = 32
+    """Sequences that the server generates at the same time; further clients wait."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, rule: str, name: str) -> None:
+            if not ok:
+                raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+
+        require(bool(self.clients) and min(self.clients) >= 1, "1 or more", "clients")
+        for name in ("requests", "prompt_tokens", "tokens", "slots"):
+            require(getattr(self, name) >= 1, "at least 1", name)
+
+    def describe(self) -> str:
+        """The sizes that all rows share."""
+        return (
+            f"{self.requests} requests per client, prompts of {self.prompt_tokens} tokens, answers of "
+            f"{self.tokens}, {self.slots} slots"
+        )
+
+
 def check_plot(plot: Path | None) -> None:
     """Raise InputError if a chart cannot be written there."""
     if plot is None:

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from starlm.bench.config import DecodeOptions, LayerOptions, OpOptions, TrainBenchOptions
+from starlm.bench.config import DecodeOptions, LayerOptions, OpOptions, ServeBenchOptions, TrainBenchOptions
 from starlm.cli.console import Console
 from starlm.cli.options import Verb
 
@@ -48,5 +48,10 @@ VERBS = {
             # About 100 million parameters.
             "large": {"contexts": [1000], "dim": 768, "depth": 12, "vocab_size": 16384},
         },
+    ),
+    "bench serve": Verb(
+        options=ServeBenchOptions,
+        run=_main_of("serve"),
+        presets={"quick": {"clients": [1, 4], "requests": 2, "tokens": 16}},
     ),
 }

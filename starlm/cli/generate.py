@@ -40,6 +40,10 @@ class GenerateOptions:
     """Only tokens at least this share of the likeliest one's probability; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that are there already less likely; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken from the score of each token that was chosen before; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's score for each time that it was chosen before; 0 is off."""
     seed: int | None = None
     """Same seed, same text; without it a new one each time."""
     stop: tuple[str, ...] = ()
@@ -58,7 +62,8 @@ def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     from starlm.generate.text import load
 
     model = load(options.model, device=options.device)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    names = ("temperature", "top_k", "top_p", "min_p", *penalties, "seed", "stop")
     chosen = {name: getattr(options, name) for name in names}
     out = console.human
     pieces: list[str] = []

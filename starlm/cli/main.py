@@ -30,10 +30,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("starlm.cli.generate", "continue a prompt"),
     "chat": ("starlm.cli.chat", "a conversation in the terminal"),
     "inspect": ("starlm.cli.inspect", "draw where every head reads from, for a text"),
+    "serve": ("starlm.cli.serve", "an OpenAI-compatible API, and a web chat at /"),
     "bench op": ("starlm.cli.bench", "time the operator beside its peers"),
     "bench layer": ("starlm.cli.bench", "time one layer beside attention, convolution and Mamba-2"),
     "bench train": ("starlm.cli.bench", "time training steps of whole models"),
     "bench decode": ("starlm.cli.bench", "time generation behind a long context"),
+    "bench serve": ("starlm.cli.bench", "time a server with 1, 8 and 64 clients"),
     "report": ("starlm.cli.report", "a page with curves, samples and settings of one or several runs"),
     "doctor": ("starlm.cli.doctor", "what this machine has, and what is missing"),
 }

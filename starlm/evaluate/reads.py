@@ -248,7 +248,8 @@ class Tally:
         below = counts.cumsum(0) / total
         # Rounding may leave the last sum just below 1.
         median, p90 = (
-            min(int(_EDGES[torch.searchsorted(below, share - 1e-9)]), furthest) for share in (0.5, 0.9)
+            min(int(_EDGES[torch.searchsorted(below, share - 1e-9)]), furthest) if total else 0
+            for share in (0.5, 0.9)
         )
         size = int(np.searchsorted(BINS, furthest)) + 1
         at_bins = below[torch.searchsorted(_EDGES, torch.tensor(BINS[:size]))]

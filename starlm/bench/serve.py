@@ -1,0 +1,166 @@
+"""A server under load: time to the first token, between tokens, and tokens per second, by number of clients.
+
+    starlm bench serve --model runs/demo
+
+The server is a process of its own on the loopback interface; each client is a thread that sends its next
+request when the one before is answered. Prompts are random tokens, no two alike, so nothing is cached.
+"""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from starlm.bench.config import ServeBenchOptions
+from starlm.bench.grid import command, load
+from starlm.errors import StarLMError
+
+
+def main(options: ServeBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
+    """Print the table; everything that was measured, for JSON."""
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    before, rows = load(), []
+    with _server(options) as port:
+        vocab = _get(port, "/v1/models")["data"][0]["vocab_size"]
+        _load(port, options, vocab, clients=1, requests=1, seed=0)
+        print(
+            f"{options.describe()}, load {before}; milliseconds: median and 99th percentile\n\n"
+            f"{'clients':>9}{'first token':>20}{'between tokens':>20}{'tokens/s':>12}"
+        )
+        for seed, clients in enumerate(options.clients, 1):
+            found = _load(port, options, vocab, clients=clients, requests=options.requests, seed=seed)
+            rows.append({"clients": clients, **found})
+            first, between = (
+                "{p50:,.1f}  {p99:,.1f}".format(**found[name]) for name in ("first_ms", "between_ms")
+            )
+            speed = found["tokens_per_second"]
+            print(f"{clients:>9}{first:>20}{between:>20}{speed:>12,.0f}", flush=True)
+    return {
+        "command": command("serve", options),
+        "machine": machine,
+        "load": {"before": before, "after": load()},
+        "options": {**vars(options), "model": str(options.model)},
+        "rows": rows,
+    }
+
+
+@dataclass
+class _Times:
+    """What the clients saw, in seconds."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+def _load(
+    port: int, options: ServeBenchOptions, vocab: int, *, clients: int, requests: int, seed: int
+) -> dict[str, Any]:
+    """Figures of `clients` that ask `requests` times each, at the same time."""
+    prompts = np.random.default_rng(seed).integers(9, vocab, (clients, requests, options.prompt_tokens))
+    times = _Times()
+
+    def work(client: int) -> None:
+        try:
+            for prompt in prompts[client]:
+                _ask(port, prompt.tolist(), options.tokens, times)
+        except Exception as error:
+            times.errors.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(client,), daemon=True) for client in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    if times.errors:
+        raise StarLMError(f"{len(times.errors)} of {clients} clients failed. The first: {times.errors[0]}")
+    return {
+        "requests": clients * requests,
+        "tokens": times.tokens,
+        "seconds": seconds,
+        "tokens_per_second": times.tokens / seconds,
+        "first_ms": _percentiles(times.first),
+        "between_ms": _percentiles(times.between),
+    }
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    p50, p99 = np.percentile(seconds or [0.0], [50, 99]) * 1e3
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def _ask(port: int, prompt: list[int], tokens: int, times: _Times) -> None:
+    """One streamed completion."""
+    body = {"model": "bench", "prompt": prompt, "max_tokens": tokens, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    try:
+        last = began = time.perf_counter()
+        data = json.dumps({**body, "stream_options": {"include_usage": True}})
+        connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise StarLMError(f"The server answered {answer.status}: {answer.read().decode()}")
+        came = 0
+        for line in answer:
+            now = time.perf_counter()
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event["usage"]:
+                times.tokens += event["usage"]["completion_tokens"]
+            elif event["choices"][0]["text"]:
+                (times.between if came else times.first).append(now - (last if came else began))
+                last, came = now, came + 1
+    finally:
+        connection.close()
+
+
+def _get(port: int, path: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return json.loads(answer.read()) if answer.status == 200 else None
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _server(options: ServeBenchOptions) -> Iterator[int]:
+    """The port of a server that is ready."""
+    words = ["--model", f"bench={options.model}", "--port", "0", "--slots", str(options.slots)]
+    words += ["--queue", str(max(options.clients))]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "starlm", "serve", *words], stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        assert process.stdout is not None
+        try:
+            port = None
+            for line in process.stdout:
+                found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+                port = int(found[1]) if found else port
+                if line.startswith("Ready"):
+                    break
+            else:
+                log.seek(0)
+                raise StarLMError(f"The server did not start. {log.read().strip()}")
+            assert port is not None
+            yield port
+        finally:
+            process.terminate()
+            process.stdout.close()
+            process.wait(60)

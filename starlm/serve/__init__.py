@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server and its web chat. Imports generate, model and data."""

@@ -1,0 +1,42 @@
+"""The benchmark of a server, on a small one."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent.parent / room) for room in ("serve", "model", "nn")]
+
+from servers import make_run  # noqa: E402
+
+from starlm.bench import serve  # noqa: E402
+from starlm.bench.config import ServeBenchOptions  # noqa: E402
+from starlm.errors import InputError, StarLMError  # noqa: E402
+
+
+def test_a_server_under_load(tmp_path, capsys):
+    options = ServeBenchOptions(
+        model=make_run(tmp_path / "run"), clients=(1, 3), requests=2, prompt_tokens=5, tokens=4
+    )
+    result = json.loads(json.dumps(serve.main(options, {"processor": "abacus"})))
+    for row, clients in zip(result["rows"], (1, 3), strict=True):
+        assert (row["clients"], row["requests"]) == (clients, 2 * clients)
+        assert 0 < row["tokens"] <= 4 * row["requests"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert 0 < row["first_ms"]["p50"] <= row["first_ms"]["p99"]
+    out = capsys.readouterr().out
+    assert "processor: abacus" in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["1", "3"]
+
+
+def test_a_server_that_does_not_start(tmp_path):
+    with pytest.raises(StarLMError, match=r"did not start. error: There is no model at"):
+        serve.main(ServeBenchOptions(model=tmp_path / "none"), {})
+
+
+def test_impossible_options():
+    with pytest.raises(InputError, match="clients must be 1 or more"):
+        ServeBenchOptions(clients=())
+    with pytest.raises(InputError, match="tokens must be at least 1; got 0"):
+        ServeBenchOptions(tokens=0)
