@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlm.cli.console import Console
 from starlm.cli.generate import PRESETS
@@ -44,8 +44,9 @@ class ChatOptions:
     """Conversation to go on with (JSON, as --save writes it)."""
     save: Path | None = None
     """File that the conversation is written to after every answer (JSON)."""
-    plain: bool = False
-    """Continue the conversation as one text, even where the model has a chat template."""
+    conversation: Literal["auto", "template", "plain"] = "auto"
+    """How it is written: by the checkpoint's chat_template.jinja (template), as one text that the model
+    continues (plain), or by what the model was trained on (auto: `"chat"` in its config.json)."""
     max_tokens: int = 512
     """At most this many new tokens per answer."""
     temperature: float = 0.8
@@ -80,7 +81,7 @@ def run(options: ChatOptions, console: Console) -> dict[str, Any]:
     from starlm.model.checkpoint import find_checkpoint
 
     model = load(options.model, device=options.device)
-    render = None if options.plain else renderer(find_checkpoint(options.model), model.tokenizer)
+    render = renderer(find_checkpoint(options.model), model.tokenizer, options.conversation)
     session = Session(model, render, options, console)
     if talks:
         session.talk()
@@ -166,8 +167,8 @@ class Session:
         self.out.print(f"[bold]starlm chat[/]  {self.options.model}, {size / 1e6:.1f} M parameters")
         if self.render is None:
             why = (
-                "As --plain asks"
-                if self.options.plain
+                "As asked"
+                if self.options.conversation == "plain"
                 else "This model knows no conversations (a base model)"
             )
             self._note(

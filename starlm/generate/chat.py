@@ -1,7 +1,7 @@
 """Conversations: messages, how they become the tokens that a model continues, and the next answer.
 
-A checkpoint with a chat_template.jinja was trained on conversations, and the template says how they are
-written. Any other model only continues text: there the messages are one text.
+A checkpoint's chat_template.jinja says how conversations are written. A model that was trained on none, as
+its config.json says by `"chat": false`, only continues text: there the messages are one text.
 """
 
 import json
@@ -24,12 +24,14 @@ from starlm.files import write_whole
 from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
+from starlm.model.checkpoint import read_json
 
 TEMPLATE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant")
 # Tokens that end an answer besides <|bos|>.
 ENDS = ("<|assistant_end|>", "<|user_start|>")
 
+Style = Literal["auto", "template", "plain"]
 Render = Callable[[Sequence["Message"]], list[int]]
 
 
@@ -75,14 +77,19 @@ def as_text(messages: Sequence[Message]) -> str:
     return text
 
 
-def renderer(folder: Path, tokenizer: Tokenizer) -> Render | None:
-    """How the checkpoint in `folder` writes conversations: by its chat template; None if it has none.
+def renderer(folder: Path, tokenizer: Tokenizer, style: Style = "auto") -> Render | None:
+    """How conversations with the checkpoint in `folder` are written: by its template, or None, as one text.
+
+    Args:
+        style: template or plain; auto is the template, if there is one and the model has learned it.
 
     Raises:
-        InputError: a template that cannot be read or is none.
+        InputError: a template that cannot be read, is none, or is missing where `style` asks for it.
     """
     file = folder / TEMPLATE
-    if not file.exists():
+    if style == "plain":
+        return None
+    if style == "auto" and (not file.exists() or read_json(folder / "config.json").get("chat") is False):
         return None
     try:
         return by_template(file.read_text(encoding="utf-8"), tokenizer)
@@ -112,7 +119,7 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
         raise InputError(
-            f"The chat template is not valid Jinja: {error}. Mend it, or take --plain."
+            f"The chat template is not valid Jinja: {error}. Mend it, or take --conversation plain."
         ) from None
     names = re.compile("(" + "|".join(map(re.escape, tokenizer.special)) + ")")
 
@@ -127,7 +134,7 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
         except Exception as error:  # What a template does can fail in any way.
             raise InputError(
                 f"The model's chat template does not take this conversation: {error}. Change the messages, "
-                f"or take --plain."
+                f"or take --conversation plain."
             ) from None
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)$")
 # Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
 _HF_KEYS = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "architectures", "auto_map", "bos_token_id", "chat", "chunk_size_feed_forward", "dtype", "eos_token_id",
     "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
     "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
@@ -60,6 +60,7 @@ def write_model(
     bos: int | None = None,
     end_of_turn: int | None = None,
     pad: int | None = None,
+    chat: bool = False,
 ) -> None:
     """Write config, generation config, weights and remote code into an existing folder (see `whole_folder`).
 
@@ -67,6 +68,8 @@ def write_model(
         bos: id of the token that begins and ends documents.
         end_of_turn: id of the token that ends an answer; `generate` of transformers stops there too.
         pad: id of the token that fills up batches in transformers.
+        chat: whether the model was trained on conversations; a base model has a chat template to be trained
+            with, and has not learned it.
     """
     tokens = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": pad}
     tokens = {name: number for name, number in tokens.items() if number is not None}
@@ -75,6 +78,7 @@ def write_model(
         "model_type": "starlm",
         "auto_map": AUTO_MAP,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
+        "chat": chat,
         **tokens,
         **to_dict(model.config),
     }

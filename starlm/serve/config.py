@@ -42,9 +42,9 @@ class ServeOptions:
     """Seconds that a request may take, waiting included."""
     grace: float = 30.0
     """Seconds that answers have to finish in after SIGTERM or Ctrl+C; then they are cut off."""
-    chat: Literal["auto", "plain"] = "auto"
-    """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja if it has one (auto), or
-    always as one text that the model continues (plain), which suits models that were not trained on chats."""
+    conversation: Literal["auto", "template", "plain"] = "auto"
+    """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja (template), as one text
+    that the model continues (plain), or as the model was trained (auto: `"chat"` in its config.json)."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 

@@ -89,9 +89,7 @@ class Models:
             # An answer ends with its turn, too; models that were trained on no chats never say so.
             stop_ids = text.stop_ids | {text.tokenizer.special[end] for end in ENDS}
             text = TextModel(text.model, text.tokenizer, stop_ids=stop_ids)
-            chat = Chat(
-                model=text, render=None if options.chat == "plain" else renderer(folder, text.tokenizer)
-            )
+            chat = Chat(model=text, render=renderer(folder, text.tokenizer, options.conversation))
             engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
             # The first call compiles kernels, which takes seconds: nobody is to wait for it.
             warming = Request(tokens=[text.tokenizer.bos] * 3, max_tokens=2)

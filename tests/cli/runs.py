@@ -8,7 +8,7 @@ from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 
 
-def write_model_folder(folder, **config):
+def write_model_folder(folder, *, chat=False, **config):
     """`folder`, with a checkpoint of a model of two layers whose answers are noise."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
@@ -20,7 +20,7 @@ def write_model_folder(folder, **config):
     # It never ends a document of its own accord, and no special token has text.
     with torch.no_grad():
         model.head.weight[list(tokenizer.names)] = -0.3 * model.head.weight.abs().max()
-    write_model(model, folder, bos=tokenizer.bos)
+    write_model(model, folder, bos=tokenizer.bos, chat=chat)
     tokenizer.save(folder)
     write_manifest(folder)
     return folder

@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    folder = write_model_folder(tmp_path_factory.mktemp("chat") / "tuned")
+    folder = write_model_folder(tmp_path_factory.mktemp("chat") / "tuned", chat=True)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -216,11 +216,11 @@ def test_one_message_through_a_pipe(command, monkeypatch, base):
 
 
 def test_a_pipe_to_a_chat_model(command, monkeypatch, tuned):
-    """The template is used, but for --plain; a conversation goes on where it was."""
+    """The template is used, but for --conversation plain; a conversation goes on where it was."""
     options = ("--model", tuned, "--max-tokens", 12, "--seed", 4)
     done = talk(command, monkeypatch, "Hi\n", *options, "--save", "talk.json", "--json")
     assert done.json["messages"][0]["content"] == "Hi"
-    plain = talk(command, monkeypatch, "Hi", *options, "--plain", "--json").json
+    plain = talk(command, monkeypatch, "Hi", *options, "--conversation", "plain", "--json").json
     assert plain["messages"][1] != done.json["messages"][1]
     more = ("--load", "talk.json", "--save", "talk.json")
     assert len(talk(command, monkeypatch, "Go on", *options, *more, "--json").json["messages"]) == 4

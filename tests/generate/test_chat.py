@@ -1,7 +1,6 @@
 """Conversations: to tokens and to text, from files, and answers of real models."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,7 +88,7 @@ def test_nobody_speaks_in_anothers_name(tokenizer):
 
 
 def test_templates_that_fail(tokenizer):
-    with pytest.raises(InputError, match=r"not valid Jinja: .*--plain"):
+    with pytest.raises(InputError, match=r"not valid Jinja: .*--conversation plain"):
         by_template("{% if %}", tokenizer)
     refuses = by_template("{{ raise_exception('no system here') }}", tokenizer)
     with pytest.raises(InputError, match="does not take this conversation: no system here"):
@@ -102,6 +101,11 @@ def test_templates_that_fail(tokenizer):
 def test_renderer(tmp_path, tokenizer):
     assert renderer(tmp_path, tokenizer) is None
     (tmp_path / TEMPLATE).write_text(SOURCE)
+    (tmp_path / "config.json").write_text('{"chat": false}')
+    assert renderer(tmp_path, tokenizer) is None
+    assert renderer(tmp_path, tokenizer, "template") is not None
+    (tmp_path / "config.json").write_text('{"chat": true}')
+    assert renderer(tmp_path, tokenizer, "plain") is None
     found = renderer(tmp_path, tokenizer)
     assert found is not None
     assert found(TALK) == by_template(SOURCE, tokenizer)(TALK)
@@ -124,40 +128,36 @@ def test_answers_continue_the_text(model):
     assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=3, temperature=0.7)
 
 
-def only(model, *tokens):
-    """`model` made to say these tokens."""
-    said = []
-
-    def choose(prompt, max_tokens, sampling):
-        said.append(prompt)
-        yield from tokens[:max_tokens]
-
-    return SimpleNamespace(tokenizer=model.tokenizer, tokens=choose), said
-
-
-def test_answers_after_a_template(model):
-    """They go on from the rendered tokens and end where the turn does, whole characters at a time."""
-    tokenizer = model.tokenizer
+def test_answers_after_a_template(model, monkeypatch):
+    """They end where the turn does, whole characters at a time."""
+    tokenizer, render = model.tokenizer, by_template(SOURCE, model.tokenizer)
     euro = tokenizer.encode("€")
     assert len(euro) == 3
+
+    def said(*tokens):
+        script = iter(tokens)
+        monkeypatch.setattr("starlm.generate.engine.choose", lambda logits, samplers: [next(script)])
+        return list(answer(model, TALK, render=render, max_tokens=len(tokens), sampling=Sampling()))
+
     for end in ("<|assistant_end|>", "<|user_start|>"):
-        speaker, said = only(model, *tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
-        render = by_template(SOURCE, tokenizer)
-        got = list(answer(speaker, TALK, render=render, max_tokens=99, sampling=Sampling()))
+        got = said(*tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
         assert "".join(got) == "Hi€"
-        assert all(got)
-        assert said == [render(TALK)]
-    speaker, _ = only(model, *euro[:2])
-    assert list(answer(speaker, TALK, render=render, max_tokens=99, sampling=Sampling())) == ["\ufffd"]
+        assert all(piece in ("", "H", "i", "Hi", "€") for piece in got)
+    assert "".join(said(*euro[:2])) == "\ufffd"
 
 
 def test_answers_after_a_template_are_the_models(model):
-    render = by_template(SOURCE, model.tokenizer)
-    sampling = Sampling(seed=0)
-    tokens = list(model.tokens(render(TALK), 9, sampling))
-    assert not {model.tokenizer.special[name] for name in ENDS} & set(tokens)
-    got = "".join(answer(model, TALK, render=render, max_tokens=9, sampling=sampling))
-    assert got == model.tokenizer.decode(tokens)
+    """They go on from the rendered tokens."""
+    tokenizer, render = model.tokenizer, by_template(SOURCE, model.tokenizer)
+    with torch.inference_mode():
+        tokens = render(TALK)
+        for _ in range(9):
+            tokens.append(int(model.model(torch.tensor([tokens]))[0, -1].argmax()))
+    new = tokens[-9:]
+    assert not {tokenizer.bos, *(tokenizer.special[name] for name in ENDS)} & set(new)
+    greedy = Sampling(temperature=0)
+    got = "".join(answer(model, TALK, render=render, max_tokens=9, sampling=greedy))
+    assert got == tokenizer.decode(new)
 
 
 def test_files_come_back(tmp_path):

@@ -116,7 +116,7 @@ def make_run(folder: Path, kind: str = "star", **files: str) -> Path:
     """A run with a small random model; `files` are added to its checkpoint."""
     model = make_model(kind, vocab_size=TOKENIZER.vocab_size)
     with whole_folder(folder / "checkpoints/step-000001") as checkpoint:
-        write_model(model.float(), checkpoint, bos=TOKENIZER.bos)
+        write_model(model.float(), checkpoint, bos=TOKENIZER.bos, chat="chat_template_DOT_jinja" in files)
         TOKENIZER.save(checkpoint)
         for name, text in files.items():
             (checkpoint / name.replace("_DOT_", ".")).write_text(text)
