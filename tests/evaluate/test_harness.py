@@ -16,7 +16,7 @@ from starlm.model.model import StarLM
 # What the harness and the libraries under it warn of when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-PIECES = (" return", " print", "x", " in", "f(", " names", ":\n", "    ", "def", " = 1", "y", ")")
+PIECES = (" return", " print", "x", " in", "f(", " names", ":", " if", "def", " = 1", "y", ")")
 TASK = """
 task: toy
 dataset_path: json
@@ -46,22 +46,25 @@ def _model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     random.seed(0)
     tokenizer = Tokenizer.train(["def f(x):\n    return x\n"], 270)
-    model = StarLM(StarLMConfig(depth=1, dim=32, heads=8, context=64, vocab_size=tokenizer.vocab_size))
+    model = StarLM(StarLMConfig(depth=2, dim=32, preset="gated", context=64, vocab_size=tokenizer.vocab_size))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
+        for name, parameter in model.named_parameters():
+            # Shifts far enough back to meet <|bos|>.
+            parameter.normal_(std=1.0 if "shift" in name else 0.3)
     with whole_folder(tmp_path / "runs/x") as folder:
         write_model(model, folder, bos=tokenizer.bos, pad=tokenizer.pad)
         tokenizer.save_pretrained(folder)
         write_manifest(folder)
     questions = []
-    while len(questions) < 12:
+    for _ in range(1000):
         asked, choices = "".join(random.sample(PIECES, 2)), random.sample(PIECES, 4)
         chosen, otherwise = (likeliest(model.eval(), tokenizer, asked, choices, bos) for bos in (True, False))
         # Only what is answered otherwise without <|bos|>. Right is the model's own choice, but for the last.
         if chosen != otherwise:
             answer = (chosen + (len(questions) >= 9)) % 4
             questions.append({"question": asked, "choices": choices, "answer": answer})
+        if len(questions) == 12:
+            break
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     (tmp_path / "toy.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
 

@@ -56,12 +56,15 @@ def test_a_run_folder_holds_all_that_it_needs(parts):
     assert from_dict(TrainConfig, read_toml(run.folder / "run.toml"), where="x") == parts[0]
     assert Tokenizer.load(run.folder).fingerprint == parts[3].fingerprint
     assert names(run.folder / "checkpoints" / "step-000003") == [
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "manifest.json",
         "model.safetensors",
+        "modeling_starlm.py",
         "optimizer.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
         "trainer.json",
     ]
     verify(run.folder / "checkpoints" / "step-000003")
