@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -296,6 +297,7 @@ def shown(language):
     return [block for block in blocks if "127.0.0.1:8000" in block]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_what_the_readme_shows_works(server, capsys):
     (commands,), (program,) = shown("sh"), shown("py")
     here = str(server.port)
