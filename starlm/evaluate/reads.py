@@ -61,6 +61,7 @@ class GroupReads:
     kind: str
     heads: int
     reach: Reach
+    """Of both streams, in layers of preset product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,4 +267,5 @@ class Tally:
         kinds = [head.kind for head in self.heads]
         for kind in dict.fromkeys(kinds):
             heads = [number for number, other in enumerate(kinds) if other == kind]
-            yield GroupReads(layer=layer, kind=kind, heads=len(heads), reach=self.reach(heads))
+            number = len({self.heads[one].head for one in heads})
+            yield GroupReads(layer=layer, kind=kind, heads=number, reach=self.reach(heads))

@@ -21,6 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
+from starlm.generate.engine import Engine
+from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 
@@ -64,14 +66,11 @@ def answer(
 
 def _spoken(model: TextModel, tokens: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
     ends = {model.tokenizer.special[name] for name in ENDS}
-    text = model.tokenizer.stream()
-    for token in model.tokens(tokens, max_tokens, sampling):
-        if token in ends:
-            break
-        if piece := text.push(token):
-            yield piece
-    if rest := text.flush():
-        yield rest
+    engine = Engine(
+        TextModel(model.model, model.tokenizer, stop_ids=model.stop_ids | ends), slots=1, cache_bytes=0
+    )
+    request = Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling)
+    return (piece.text for piece in engine.submit(request) if piece.text)
 
 
 def as_text(messages: Sequence[Message]) -> str:

@@ -98,9 +98,9 @@ def _arcs(axes: Any, data: Mapping[str, Any], kinds: Sequence[str], token: int) 
     axes.set_ylim(-2, 8)
     axes.axis("off")
     shown = [axes.plot([], [], color=COLORS[series(kind)], linewidth=4, label=kind)[0] for kind in kinds]
-    shown.append(
-        axes.plot([], [], "D", color="white", markeredgecolor=INK, label="row behind an earlier match")[0]
-    )
+    if set(kinds) - {"now", "box"}:
+        label = "row behind an earlier match"
+        shown += axes.plot([], [], "D", color="white", markeredgecolor=INK, label=label)
     axes.legend(handles=shown, loc="upper left", ncols=len(shown), frameon=False, fontsize=9, handlelength=1)
     missing = sorted({head["kind"] for head in data["heads"] if not head["rows"][token - data["begin"]]})
     says = f"; no such row for {', '.join(missing)} heads" if missing else ""
@@ -137,6 +137,10 @@ def chosen_columns(
         near = range(max(row - AROUND, 0), min(row + AROUND, token) + 1)
         if len(columns | set(near)) <= WIDTH // 4:
             columns |= set(near)
+    # Where little is read, the text before the token fills the line.
+    for row in range(token, -1, -1):
+        if len(columns) < WIDTH // 6:
+            columns.add(row)
     return sorted(columns)
 
 

@@ -1,5 +1,6 @@
 """starlm chat on real pseudo-terminals and pipes, with a model whose answers are noise."""
 
+import codecs
 import io
 import json
 import os
@@ -48,6 +49,7 @@ class Terminal:
         )
         os.close(other)
         self.raw, self.read_to = "", 0
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     @property
     def shown(self):
@@ -57,7 +59,7 @@ class Terminal:
     def take(self, seconds):
         """Read what is there, or comes in this time."""
         if select.select([self.main], [], [], seconds)[0]:
-            self.raw += os.read(self.main, 65536).decode("utf-8", "replace")
+            self.raw += self.decode(os.read(self.main, 65536))
 
     def until(self, text, seconds=60):
         """Wait for `text` behind what was waited for before; what came up to its end."""

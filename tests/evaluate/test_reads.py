@@ -122,7 +122,7 @@ def test_streams_and_layers():
     assert {(head.layer, head.stream) for head in found.heads} == {
         (layer, stream) for layer in (1, 3) for stream in ("query", "key")
     }
-    assert [group.heads for group in found.groups] == [4, 4]
+    assert [group.heads for group in found.groups] == [2, 2]
 
 
 def test_no_token():
