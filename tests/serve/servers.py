@@ -115,6 +115,9 @@ def wait_for(what, seconds=20.0):
 def make_run(folder: Path, kind: str = "star", **files: str) -> Path:
     """A run with a small random model; `files` are added to its checkpoint."""
     model = make_model(kind, vocab_size=TOKENIZER.vocab_size)
+    # It does not end an answer of its own accord, or an answer that is to be stopped might be over before.
+    with torch.no_grad():
+        model.head.weight.mul_(3)[list(TOKENIZER.names)] = 0
     with whole_folder(folder / "checkpoints/step-000001") as checkpoint:
         write_model(model.float(), checkpoint, bos=TOKENIZER.bos, chat="chat_template_DOT_jinja" in files)
         TOKENIZER.save(checkpoint)
