@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from models import make_model
 
 from starlm.data.tokenizer import Tokenizer

@@ -323,9 +323,12 @@ def test_where_it_reads(page, server):
     for number, reads in enumerate(heads):
         head.select_option(index=number)
         assert strip.locator("path").count() == sum(map(len, reads["rows"]))
-    first = page.locator("#said").inner_text()
+    before = page.evaluate("chosen")
     strip.press("ArrowRight")
-    assert page.locator("#said").inner_text() != first
+    assert page.evaluate("chosen") == before + 1
+    # The token that is chosen is the one that the arcs are told of.
+    shown = page.evaluate("places[chosen].text")
+    assert page.locator("#said").inner_text().startswith(f"“{shown}”")
     page.get_by_label("Layer", exact=True).select_option(index=1)
     page.locator("#close-reads").click()
     expect(strip).not_to_be_visible()
