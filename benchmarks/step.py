@@ -22,6 +22,7 @@ from starlm.model import model as model_module
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.nn import deformer
+from starlm.ops import elementwise
 from starlm.report.environment import environment
 from starlm.train import optim
 from starlm.train.config import OptimConfig
@@ -40,7 +41,8 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: floa
 SHORT_CUTS = {
     "loss in chunks": lambda: patch.object(model_module, "cross_entropy", plain_loss),
     "Muon in float32": lambda: patch.object(optim, "Muon", torch.optim.Muon),
-    "fused layer": lambda: patch.object(deformer, "can_mix", lambda values: False),
+    "fused RMSNorm, relu²": lambda: patch.object(elementwise, "fuses", lambda x: False),
+    "fused layer": lambda: patch.object(deformer, "fuses", lambda values: False),
 }
 
 

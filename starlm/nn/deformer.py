@@ -14,7 +14,8 @@ from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, local
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
-from starlm.ops.mix import can_mix, mix
+from starlm.ops.elementwise import fuses
+from starlm.ops.mix import mix
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
 BOX_SCALE = 16
@@ -170,7 +171,7 @@ class Deformer(nn.Module):
         state: LayerState | None,
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), gated; `stream` names its rows in the state."""
-        if state is None and can_mix(values):
+        if state is None and fuses(values):
             return self._mix(values, shift, gate, first, origins)
         values = rms(values.unflatten(-1, (self.heads, -1)))
         # A projection in bf16 has rounded a distance of 300 tokens to the next even one; from here on, where

@@ -12,16 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def can_mix(values: Tensor) -> bool:
-    """Whether `mix` can do it, and pays: on a CPU, in fp32 or bf16, with a gradient to come."""
-    return (
-        values.device.type == "cpu"
-        and values.dtype in (torch.float32, torch.bfloat16)
-        and torch.is_grad_enabled()
-        and values.requires_grad
-    )
-
-
 def mix(
     values: Float[Tensor, "B T H C"],
     shift: Float[Tensor, "B T H C"],

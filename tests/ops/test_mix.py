@@ -11,7 +11,7 @@ from oracle import assert_same
 from starlm.ops import cpu_mix, deform
 from starlm.ops import mix as module
 from starlm.ops.box import box, prefix_sums
-from starlm.ops.mix import can_mix, mix
+from starlm.ops.mix import mix
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -182,13 +182,3 @@ def test_registration(gated):
         (torch.ones(2, 13, 6, 3), *arguments),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
-def test_where_it_is_taken():
-    values = torch.randn(1, 2, 3, 4, requires_grad=True)
-    assert can_mix(values)
-    assert can_mix(values.bfloat16())
-    assert not can_mix(values.double())
-    assert not can_mix(values.detach())
-    with torch.no_grad():
-        assert not can_mix(values)
