@@ -13,6 +13,8 @@ SHAPE_CHECKED = [
     "starlm.ops.box",
     "starlm.ops.cross_entropy",
     "starlm.ops.deform",
+    "starlm.ops.elementwise",
+    "starlm.ops.mix",
     "starlm.ops.reference",
     "starlm.nn",
     "starlm.model.model",

@@ -15,6 +15,8 @@ from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
+from starlm.ops.elementwise import fuses
+from starlm.ops.mix import mix
 from starlm.ops.reference import rows_read
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
@@ -167,12 +169,10 @@ class Deformer(nn.Module):
         self._check_origins(origins)
         where = first, origins or {}, state
         if self.preset == "product":
-            q = self._read("query", self.query(x), self.query_shift(x), *where)
-            return q * self._read("key", self.key(x), self.key_shift(x), *where)
-        y = self._read("value", self.value(x), self.shift(x), *where)
-        if self.preset != "value":
-            y = y * torch.sigmoid(self.gate(x))
-        return self.out(y)
+            q = self._read("query", self.query(x), self.query_shift(x), None, *where)
+            return q * self._read("key", self.key(x), self.key_shift(x), None, *where)
+        gate = None if self.preset == "value" else self.gate(x)
+        return self.out(self._read("value", self.value(x), self.shift(x), gate, *where))
 
     def _check_origins(self, origins: Mapping[int, Tensor] | None) -> None:
         missing = set(self.orders) - set(origins or ())
@@ -187,11 +187,14 @@ class Deformer(nn.Module):
         stream: str,
         values: Float[Tensor, "B T D"],
         shift: Float[Tensor, "B T D"],
+        gate: Float[Tensor, "B T D"] | None,
         first: Int[Tensor, "B T"] | None,
         origins: Mapping[int, Int[Tensor, "B T"]],
         state: LayerState | None,
     ) -> Float[Tensor, "B T D"]:
-        """What every head reads of rms(values), continuing the rows of `stream` that the state holds."""
+        """What every head reads of rms(values), gated; `stream` names its rows in the state."""
+        if state is None and fuses(values):
+            return self._mix(values, shift, gate, first, origins)
         values = rms(values.unflatten(-1, (self.heads, -1)))
         read = []
         for name, distance in self._distances(shift).items():
@@ -202,7 +205,8 @@ class Deformer(nn.Module):
                 read.append(self._anchored(f"{stream}.anchored", v, distance, first, origins, state))
             else:
                 read.append(self._boxes(f"{stream}.box", v, distance, first, state))
-        return (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
+        y = (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
+        return y if gate is None else y * torch.sigmoid(gate)
 
     def _distances(self, shift: Float[Tensor, "B T D"]) -> dict[str, Float[Tensor, "B T _ C"]]:
         """Tokens, for the heads of each span: shifts of `now` and anchored heads, widths of `box` heads.
@@ -224,6 +228,16 @@ class Deformer(nn.Module):
                 z = (z if self.max_shift is None else z.clamp(max=self.max_shift)).clamp(min=1)
             distances[name] = z
         return distances
+
+    def _mix(self, values, shift, gate, first, origins) -> Float[Tensor, "B T D"]:
+        """`_read` in one pass over memory."""
+        heads = (self.heads, -1)
+        values, shift = values.unflatten(-1, heads), shift.unflatten(-1, heads)
+        gate = None if gate is None else gate.unflatten(-1, heads)
+        origin = torch.stack([origins[n] for n in self.orders], dim=-1) if self.orders else None
+        near, boxes = self.kinds.count("now"), self.kinds.count("box")
+        y = mix(values, shift, gate, origin, first=first, near=near, boxes=boxes, max_shift=self.max_shift)
+        return y.flatten(-2)
 
     @torch.no_grad()
     def reads(

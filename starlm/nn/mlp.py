@@ -1,10 +1,10 @@
 """The position-wise part of a block."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from starlm.nn.linear import init_matrix, linear
+from starlm.ops.elementwise import relu2
 
 
 class MLP(nn.Module):
@@ -22,4 +22,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """down(relu(up(x))²)"""
-        return self.down(torch.relu(self.up(x)).square())
+        return self.down(relu2(self.up(x)))

@@ -79,8 +79,8 @@ def test_it_is_the_library_s(monkeypatch, options, bfloat16):
                 parameter.grad = None if (number, step) == (1, 0) else gradient.detach()
             optimizer.step()
     for before, a, b in zip(start, ours, theirs, strict=True):
-        # What bfloat16 rounds is all that may differ.
-        assert (a - b).norm() < 0.04 * (b - before).norm(), tuple(a.shape)
+        # What bfloat16 rounds is all that may differ, and nothing where we use it too.
+        assert (a - b).norm() <= (1e-6 if bfloat16 else 0.04) * (b - before).norm(), tuple(a.shape)
         buffers = (o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (a, b), strict=True))
         torch.testing.assert_close(*buffers, rtol=1e-6, atol=1e-7)
 

@@ -1,0 +1,108 @@
+"""What a Deformer layer does between its projections, in one pass over memory: for training on a CPU.
+
+Written as a composition (`Deformer` in `starlm.nn.deformer`), the step between the projections normalises,
+slices, reads, sums up, concatenates and multiplies, each of them one or more passes over tensors that do not
+fit the cache, and as many again in the backward pass. The result here is the same.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def mix(
+    values: Float[Tensor, "B T H C"],
+    shift: Float[Tensor, "B T H C"],
+    gate: Float[Tensor, "B T H C"] | None,
+    origin: Int[Tensor, "B T A"] | None,
+    *,
+    first: Int[Tensor, "B T"] | None = None,
+    near: int,
+    boxes: int = 0,
+    max_shift: int | None = None,
+) -> Float[Tensor, "B T H C"]:
+    """What the heads read of rms(values), times sigmoid(gate).
+
+    Heads come in this order: `near` of kind now, A anchored ones, `boxes` box heads. With v = rms(values) per
+    head, and z the head's part of `shift`::
+
+        now       deform(v, min(softplus(z), max_shift), first=first)
+        anchored  deform(v, z, origin=its origin, first=first)
+        box       m * sqrt(min(w, 16)),  m, w = box(prefix_sums(v), width, first=first),
+                  width = clip(exp(z / 2), 1, max_shift)
+
+    without gradient through the square root.
+
+    Returns:
+        In the dtype of `values`; arithmetic in fp32, prefix sums in fp64.
+    """
+    # One dtype for all: a shift in fp32 must not be rounded to bf16.
+    dtype = torch.promote_types(values.dtype, shift.dtype)
+    gate = None if gate is None else gate.to(dtype)
+    if origin is None:
+        origin = torch.empty(*values.shape[:2], 0, dtype=torch.int64, device=values.device)
+    furthest = math.inf if max_shift is None else float(max_shift)
+    y = _mix(values.to(dtype), shift.to(dtype), gate, origin, first, near, boxes, furthest)
+    return y.to(values.dtype)
+
+
+@torch.library.custom_op("starlm::mix", mutates_args=())
+def _mix(
+    values: Tensor,
+    shift: Tensor,
+    gate: Tensor | None,
+    origin: Tensor,
+    first: Tensor | None,
+    near: int,
+    boxes: int,
+    furthest: float,
+) -> Tensor:
+    from starlm.ops import cpu_mix  # numba takes half a second to import
+
+    return cpu_mix.forward(values, shift, gate, origin, first, near, boxes, furthest)
+
+
+@torch.library.custom_op("starlm::mix_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor,
+    values: Tensor,
+    shift: Tensor,
+    gate: Tensor | None,
+    origin: Tensor,
+    first: Tensor | None,
+    near: int,
+    boxes: int,
+    furthest: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from starlm.ops import cpu_mix
+
+    return cpu_mix.backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
+
+
+@_mix.register_fake
+def _(values, shift, gate, origin, first, near, boxes, furthest):
+    return values.new_empty(values.shape)
+
+
+@_mix_backward.register_fake
+def _(grad, values, shift, gate, origin, first, near, boxes, furthest):
+    return (
+        torch.empty_like(values),
+        torch.empty_like(shift),
+        shift.new_empty(0) if gate is None else torch.empty_like(gate),
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _differentiate(ctx, grad):
+    dvalues, dshift, dgate = _mix_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return dvalues, dshift, None if ctx.saved_tensors[2] is None else dgate, *[None] * 5
+
+
+_mix.register_autograd(_differentiate, setup_context=_save)
