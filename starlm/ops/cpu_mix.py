@@ -63,8 +63,8 @@ def _reach(z, kind, furthest, shift):
     else:
         for c in range(z.size):
             x = exp(HALF * f32(_widen(z[c])))
-            x = ONE if x < ONE else x
-            shift[c] = furthest if x > furthest else x
+            x = furthest if x > furthest else x
+            shift[c] = ONE if x < ONE else x
 
 
 @jit

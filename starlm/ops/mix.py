@@ -31,7 +31,7 @@ def mix(
         now       deform(v, min(softplus(z), max_shift), first=first)
         anchored  deform(v, z, origin=its origin, first=first)
         box       m * sqrt(min(w, 16)),  m, w = box(prefix_sums(v), width, first=first),
-                  width = clip(exp(z / 2), 1, max_shift)
+                  width = max(min(exp(z / 2), max_shift), 1)
 
     without gradient through the square root.
 

@@ -7,7 +7,7 @@ from relations import assert_close, randomise
 from starlm.nn import deformer as module
 from starlm.nn.deformer import BOX_SCALE, Deformer
 from starlm.nn.norm import rms
-from starlm.nn.state import LayerState
+from starlm.nn.state import LayerState, Streams
 from starlm.ops import anchors, longest
 
 B, T, D, H = 2, 23, 16, 8
@@ -132,5 +132,5 @@ def test_it_is_the_layer_that_says_it(monkeypatch):
     streams = layer.reads(x, origins=origins)
     assert not torch.equal(before.near, streams["value"].near)
     assert_close(output_from(layer, x, streams), layer(x, origins=origins))
-    state = LayerState([0] * B, 0)
+    state = LayerState([Streams(0) for _ in range(B)], [0] * B)
     assert_close(output_from(layer, x, streams), layer(x, origins=origins, state=state))
