@@ -1,7 +1,6 @@
 """Conversations: to tokens and to text, from files, and answers of real models."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,8 @@ from starlm.generate.chat import (
     renderer,
     write_conversation,
 )
+from starlm.generate.engine import Engine
+from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 from starlm.train.config import OptimConfig, TrainConfig
@@ -124,37 +125,47 @@ def test_answers_continue_the_text(model):
     assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=3, temperature=0.7)
 
 
-def only(model, *tokens):
-    """`model` made to say these tokens."""
-    said = []
+@pytest.fixture
+def only(model, monkeypatch):
+    """Makes the model say these tokens, and bos after them; returns what it is asked."""
 
-    def choose(prompt, max_tokens, sampling):
-        said.append(prompt)
-        yield from tokens[:max_tokens]
+    def make(*tokens):
+        asked, script = [], iter(tokens)
 
-    return SimpleNamespace(tokenizer=model.tokenizer, tokens=choose), said
+        def forward(given, **_):
+            if not asked or given.shape[1] > 1:
+                asked.append(given[0].tolist())
+            logits = torch.full((1, 1, model.config.vocab_size), -1e9)
+            logits[..., next(script, model.tokenizer.bos)] = 0
+            return logits
+
+        monkeypatch.setattr(model.model, "forward", forward)
+        return asked
+
+    return make
 
 
-def test_answers_after_a_template(model):
+def test_answers_after_a_template(model, only):
     """They go on from the rendered tokens and end where the turn does, whole characters at a time."""
     tokenizer = model.tokenizer
     euro = tokenizer.encode("€")
     assert len(euro) == 3
+    render = by_template(SOURCE, tokenizer)
     for end in ("<|assistant_end|>", "<|user_start|>"):
-        speaker, said = only(model, *tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
-        render = by_template(SOURCE, tokenizer)
-        got = list(answer(speaker, TALK, render=render, max_tokens=99, sampling=Sampling()))
+        asked = only(*tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
+        got = list(answer(model, TALK, render=render, max_tokens=99, sampling=Sampling()))
         assert "".join(got) == "Hi€"
         assert all(got)
-        assert said == [render(TALK)]
-    speaker, _ = only(model, *euro[:2])
-    assert list(answer(speaker, TALK, render=render, max_tokens=99, sampling=Sampling())) == ["\ufffd"]
+        assert asked == [render(TALK)]
+    only(*euro[:2])
+    assert list(answer(model, TALK, render=render, max_tokens=99, sampling=Sampling())) == ["\ufffd"]
 
 
 def test_answers_after_a_template_are_the_models(model):
     render = by_template(SOURCE, model.tokenizer)
     sampling = Sampling(seed=0)
-    tokens = list(model.tokens(render(TALK), 9, sampling))
+    request = Request(tokens=render(TALK), max_tokens=9, sampling=sampling)
+    tokens = [token.id for piece in Engine(model).submit(request) for token in piece.tokens]
     assert not {model.tokenizer.special[name] for name in ENDS} & set(tokens)
     got = "".join(answer(model, TALK, render=render, max_tokens=9, sampling=sampling))
     assert got == model.tokenizer.decode(tokens)
