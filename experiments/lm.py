@@ -18,6 +18,7 @@ from starlm.data.shards import TokenData
 from starlm.files import write_whole
 from starlm.model.checkpoint import load_tensors
 from starlm.model.config import StarLMConfig
+from starlm.report.metrics import read_run
 from starlm.train.config import OptimConfig, TrainConfig
 from starlm.train.loop import train
 
@@ -55,14 +56,9 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         precision="float32",
         seed=seed,
     )
-    curve: list[tuple[int, float]] = []
-    seconds: list[float] = []
 
     def note(record: dict) -> None:
-        if record["kind"] == "step":
-            seconds.append(record["tokens_per_second"])
         if record["kind"] == "validation":
-            curve.append((record["step"], round(record["loss"], 4)))
             print(f"{key}: step {record['step']} loss {record['loss']:.4f}", flush=True)
 
     build = builder(name)
@@ -70,6 +66,10 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     model = build(config.model).eval()
     model.load_state_dict(load_tensors(Path(end["checkpoint"]) / "model.safetensors"))
     split = by_position_and_recall(model, TokenData.open(data).splits["validation"], EVAL_TOKENS)
+    # From the run's own record, which knows of the sessions before this one.
+    metrics = read_run(config.out)
+    curve = [(r["step"], round(r["loss"], 4)) for r in metrics.validations]
+    seconds = [r["tokens_per_second"] for r in metrics.steps]
     record = {
         "variant": name,
         "corpus": args.corpus,
