@@ -8,9 +8,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 # Sums may be taken in any order, products and sums fused; NaN and infinity keep their meaning.
 jit: Any = numba.njit(
@@ -18,36 +15,12 @@ jit: Any = numba.njit(
 )
 f32, i32 = np.float32, np.int32
 ZERO, HALF, ONE, TWO = f32(0), f32(0.5), f32(1), f32(2)
-# Bytes of a cache line.
-_LINE = 64
 # Where exp would leave fp32, and where tanh has long been 1.
 _LOWEST, _HIGHEST = f32(-87), f32(40)
 _LOG2E = f32(1 / math.log(2))
 # ln 2 in two parts, of which the first times any exponent of fp32 is exact.
 _LN2_HIGH = f32(355 / 512)
 _LN2_LOW = f32(math.log(2) - 355 / 512)
-
-
-@intrinsic
-def _prefetch(typing_context, array, index):
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.IntType(8)))
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte.type, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # To read, to stay in all caches, data.
-        builder.call(function, [byte, number(0), number(3), number(1)])
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp), generate
-
-
-@jit
-def prefetch(array, begin, size):
-    """Ask for `size` elements of a contiguous array from flat index `begin` on; its end may be passed."""
-    for index in range(begin, begin + size, _LINE // array.itemsize):
-        _prefetch(array, index)  # pyright: ignore[reportCallIssue]
 
 
 @jit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from starlm.ops.cpu import _array, _index, _locate, _spread, _store, _widen
-from starlm.ops.cpu_math import HALF, ONE, ZERO, exp, f32, i32, jit, prefetch, sigmoid, softplus
+from starlm.ops.cpu_math import HALF, ONE, ZERO, exp, f32, i32, jit, sigmoid, softplus
 
 # Kinds of heads, as the kernels know them.
 NOW, ANCHORED, BOX = 0, 1, 2
@@ -18,8 +18,6 @@ NOW, ANCHORED, BOX = 0, 1, 2
 SLAB = 1 << 16
 # RMSNorm's epsilon, and how far a box head's mean is scaled up: see `starlm.ops.mix`.
 EPS, BOX_SCALE = f32(1e-6), 16.0
-# Rows of one head lie D apart, too far for the hardware to see what comes next.
-AHEAD = 8
 
 
 @jit
@@ -27,7 +25,6 @@ def _normalise(values, left, channels, slab, scale):
     """Fill slab with rows at root mean square 1 per head, and scale [T, W // C] with what did it."""
     slab[-1] = 0
     for t in range(scale.shape[0]):
-        prefetch(values, (t + AHEAD) * values.shape[1] + left, slab.shape[1])
         for h in range(scale.shape[1]):
             begin = h * channels
             row = values[t, left + begin : left + begin + channels]
@@ -106,7 +103,7 @@ def _unit(units, part, channels):
 
 @jit
 def _forward(values, z, gate, origin, first, units, channels, furthest, gated, out, part0, part1):
-    _, length, dim = values.shape
+    length = values.shape[1]
     for part in range(part0, part1):
         b, kind, anchors, left, right = _unit(units, part, channels)
         width = right - left
@@ -121,10 +118,6 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
         if kind == BOX:
             _prefix_sums(slab, sums)
         for t in range(length):
-            ahead = (b * length + t + AHEAD) * dim + left
-            prefetch(z, ahead, width)
-            if gated:
-                prefetch(gate, ahead, width)
             start = min(i32(first[b, t]), i32(t))
             _reach(z[b, t, left:right], kind, furthest, shift)
             _place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
@@ -151,7 +144,7 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
 def _backward(
     grad, values, z, gate, origin, first, units, channels, furthest, gated, dvalues, dz, dgate, part0, part1
 ):
-    _, length, dim = values.shape
+    length = values.shape[1]
     for part in range(part0, part1):
         b, kind, anchors, left, right = _unit(units, part, channels)
         width = right - left
@@ -168,11 +161,6 @@ def _backward(
         if kind == BOX:
             _prefix_sums(slab, sums)
         for t in range(length):
-            ahead = (b * length + t + AHEAD) * dim + left
-            prefetch(z, ahead, width)
-            prefetch(grad, ahead, width)
-            if gated:
-                prefetch(gate, ahead, width)
             start = min(i32(first[b, t]), i32(t))
             dy, zt, dzt = grad[b, t, left:right], z[b, t, left:right], dz[b, t, left:right]
             g, dg = gate[b, t, left:right], dgate[b, t, left:right]

@@ -19,7 +19,7 @@ from runs import write_model_folder
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: {{ m.content }}<|user_end|>
 {%- endfor %}<|assistant_start|>"""
-# Makes the terminal the one whose Ctrl+C the command hears, even where tests run in the background, deaf to it.
+# Makes the terminal the one whose Ctrl+C the command hears, even where tests run in the background and are deaf.
 LOGIN = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.login_tty(0); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
