@@ -19,7 +19,7 @@ from runs import write_model_folder
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: {{ m.content }}<|user_end|>
 {%- endfor %}<|assistant_start|>"""
-# Makes the terminal the one whose Ctrl+C the command hears, even where tests run in the background and are deaf.
+# Makes the terminal the one whose Ctrl+C the command hears, even where the tests run in the background.
 LOGIN = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.login_tty(0); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -84,6 +84,8 @@ class Terminal:
         self.type("\x03")
 
     def leave(self):
+        # Between two lines that are read the terminal itself would take it.
+        self.until("> ")
         self.type("\x04")
         return self.process.wait(60)
 
@@ -180,6 +182,8 @@ def test_ctrl_c_keeps_what_came(terminal, tuned, tmp_path):
     chat = terminal("--model", tuned, "--max-tokens", "1000000", "--save", "talk.json", "--system", "S")
     chat.until("> ")
     assert "it continues your text" not in chat.shown
+    # Python misses an interrupt between the prompt and the wait for a key; nobody is as fast as this test.
+    time.sleep(0.5)
     chat.stop()
     chat.until("Ctrl+D or /quit leaves.")
     chat.until("> ")
