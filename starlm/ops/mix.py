@@ -101,8 +101,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    dvalues, dshift, dgate = _mix_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return dvalues, dshift, None if ctx.saved_tensors[2] is None else dgate, *[None] * 5
+    # Looked at once: under gradient checkpointing a second look is an error.
+    saved = ctx.saved_tensors
+    dvalues, dshift, dgate = _mix_backward(grad, *saved, *ctx.settings)
+    return dvalues, dshift, None if saved[2] is None else dgate, *[None] * 5
 
 
 _mix.register_autograd(_differentiate, setup_context=_save)
