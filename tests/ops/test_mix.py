@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_same
+from torch.utils.checkpoint import checkpoint
 
 from starlm.ops import cpu_mix, deform
 from starlm.ops import mix as module
@@ -182,3 +183,12 @@ def test_registration(gated):
         (torch.ones(2, 13, 6, 3), *arguments),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_under_gradient_checkpointing():
+    inputs, options = problem()
+    leaves = [inputs[name] for name in ("values", "shift", "gate")]
+    plain = torch.autograd.grad(mix(**inputs, **options).square().sum(), leaves)
+    out = checkpoint(lambda *x: mix(*x, inputs["origin"], **options), *leaves, use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(out.square().sum(), leaves), plain, strict=True):
+        assert torch.equal(got, wanted)
