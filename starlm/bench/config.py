@@ -1,5 +1,6 @@
 """What the benchmarks measure. No torch, so that `--help` stays instant."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ PLOTS = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridOptions:
+class GridOptions(ABC):
     """What tables of peers over sizes have in common."""
 
     repeats: int = 5
@@ -32,13 +33,13 @@ class GridOptions:
             raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
     @property
+    @abstractmethod
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the table's rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> str:
         """The sizes that all rows share."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
