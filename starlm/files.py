@@ -87,6 +87,38 @@ def settle(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out that ask in this way; a killed one no longer counts.
+
+    A folder that stays empty is removed at the end.
+
+    Raises:
+        InputError: another process is at work in it, or it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    with readable_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"Another process is writing to {folder}. Wait for it, stop it, or choose another folder."
+            ) from None
+        except NotImplementedError:
+            # A file system that has no locks: nobody can be kept out of it.
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
+        if os.listdir(folder) == [".lock"]:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def _beside(path: Path, kind: str) -> Path:
     # A leading dot: what looks for checkpoints or documents passes it over.
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}")

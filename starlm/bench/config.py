@@ -52,6 +52,14 @@ class LayerOptions(GridOptions):
     """Tokens per row; each must divide batch_tokens."""
     dim: int = 768
     """Width D."""
+    peers: tuple[Literal["gated", "star", "attention", "conv", "mamba2"], ...] = (
+        "gated",
+        "star",
+        "attention",
+        "conv",
+        "mamba2",
+    )
+    """Layers to time beside the bare matrix products; on a CPU mamba2 takes most of the time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """One layer beside its peers: forward and backward over the length of a row, at a constant number of tokens.
 
     starlm bench layer
-    starlm bench layer --dtype bfloat16 --lengths 1024 8192
+    starlm bench layer --dtype bfloat16 --lengths 1024 8192 --peers gated attention
 
 The baseline is what no layer can do without: the four D x D matrix products of preset `gated` alone, with
 their gradients. Mamba-2 is the layer of Hugging Face transformers, if that is installed, as it runs here.
@@ -29,18 +29,20 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
     """Print the table; everything that was measured, for JSON."""
     torch.manual_seed(0)
     dim, heads = options.dim, max(8, options.dim // 64)
-    layers: dict[str, Callable[[], nn.Module]] = {
-        "gated": lambda: Deformer(dim, heads, preset="gated"),
-        "star": lambda: Deformer(dim, heads, preset="star"),
-        "attention": lambda: Attention(dim, heads),
-        "short convolution": lambda: ShortConv(dim),
+    layers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        "gated": ("gated", lambda: Deformer(dim, heads, preset="gated")),
+        "star": ("star", lambda: Deformer(dim, heads, preset="star")),
+        "attention": ("attention", lambda: Attention(dim, heads)),
+        "conv": ("short convolution", lambda: ShortConv(dim)),
+        "mamba2": ("Mamba-2", lambda: _mamba(dim)),
     }
-    if importlib.util.find_spec("transformers"):
-        layers["Mamba-2"] = lambda: _mamba(dim)
     peers = {PRODUCTS: Peer(make=lambda length: _products(options, length))}
-    for name, make in layers.items():
+    for key in options.peers:
+        if key == "mamba2" and not importlib.util.find_spec("transformers"):
+            continue
+        name, make = layers[key]
         peers[name] = Peer(
-            make=lambda length, make=make: _layer(make(), options, length), growing=name == "attention"
+            make=lambda length, make=make: _layer(make(), options, length), growing=key == "attention"
         )
     grid = Grid(
         axis="T",

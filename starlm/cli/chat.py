@@ -31,6 +31,9 @@ HELP = """\
 Ctrl+C stops an answer and keeps what came. Alt+Enter, or \\ at a line's end, begins a new line. // at the
 beginning stands for / where it is no command."""
 
+# For the state of the conversation so far.
+CACHE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
@@ -104,10 +107,13 @@ class Session:
         """
         from rich.console import Console as RichConsole
 
-        from starlm.generate.chat import read_conversation
+        from starlm.generate.chat import read_conversation, speaker
+        from starlm.generate.engine import Engine
         from starlm.generate.sampling import Sampling
 
-        self.model, self.render, self.options = model, render, options
+        self.render, self.options = render, options
+        # Each turn reads on where the one before ended.
+        self.engine = Engine(speaker(model), slots=1, cache_bytes=CACHE_BYTES)
         self.out = RichConsole(file=console.human, highlight=False)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         self.sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -163,7 +169,7 @@ class Session:
                 self._complain(f"{type(error).__name__}: {error}. The conversation is as it was before.")
 
     def _greet(self) -> None:
-        size = self.model.config.num_parameters["total"]
+        size = self.engine.model.config.num_parameters["total"]
         self.out.print(f"[bold]starlm chat[/]  {self.options.model}, {size / 1e6:.1f} M parameters")
         if self.render is None:
             why = (
@@ -257,7 +263,7 @@ class Session:
         began = time.perf_counter()
         try:
             yield from answer(
-                self.model,
+                self.engine,
                 self.messages,
                 render=self.render,
                 max_tokens=self.options.max_tokens,
@@ -273,7 +279,7 @@ class Session:
 
         self.messages.append(_message("assistant", text))
         # Counted from the text: the stream gives characters, which may take several tokens.
-        tokens = len(self.model.tokenizer.encode(text))
+        tokens = len(self.engine.model.tokenizer.encode(text))
         self.figures["tokens"] += tokens
         if self.options.save is not None:
             write_conversation(self.options.save, self.messages)

@@ -48,6 +48,10 @@ def entry() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # PyTorch's idle threads (GNU OpenMP) spin for milliseconds by default. Beside any other busy program that
+    # costs more than half of a training step's speed; a short spin costs nothing on an idle machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     code = main(sys.argv[1:])
     try:
         sys.stdout.flush()

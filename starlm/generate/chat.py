@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
+from starlm.generate.engine import Engine
 from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
@@ -43,8 +44,27 @@ class Message:
     content: str
 
 
+def speaker(model: TextModel) -> TextModel:
+    """The model, whose answers also end with the assistant's turn; one that knows no turns never says so."""
+    ends = {model.tokenizer.special[name] for name in ENDS}
+    return TextModel(model.model, model.tokenizer, stop_ids=model.stop_ids | ends)
+
+
+def prompt(model: TextModel, messages: Sequence[Message], render: Render | None) -> tuple[list[int], bytes]:
+    """Tokens that ask for the assistant's next message, and the bytes that the continuation begins with.
+
+    Args:
+        messages: up to one of the user.
+        render: the tokens after which the assistant speaks; None continues `as_text` of the messages.
+
+    Raises:
+        InputError: the template refuses the messages.
+    """
+    return model.prompt(as_text(messages)) if render is None else (render(messages), b"")
+
+
 def answer(
-    model: TextModel,
+    engine: Engine,
     messages: Sequence[Message],
     *,
     render: Render | None,
@@ -54,17 +74,20 @@ def answer(
     """The next message of the assistant, in pieces of whole characters, as they come.
 
     Args:
-        messages: up to one of the user.
-        render: the tokens after which the assistant speaks; None continues `as_text` of the messages.
+        engine: of a `speaker`; reads only what its prefix cache does not hold of the conversation.
+        messages, render: see `prompt`.
 
     Raises:
         InputError: the template refuses the messages, or the decode state does not fit into memory.
     """
-    if render is None:
-        return model.stream(as_text(messages), max_tokens=max_tokens, **asdict(sampling))
-    stop_ids = model.stop_ids | {model.tokenizer.special[name] for name in ENDS}
-    speaker = TextModel(model.model, model.tokenizer, stop_ids=stop_ids)
-    return speaker.answer(Request(tokens=render(messages), max_tokens=max_tokens, sampling=sampling))
+    tokens, begin = prompt(engine.model, messages, render)
+    stream = engine.submit(Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling, begin=begin))
+    try:
+        for piece in stream:
+            yield piece.text
+    finally:
+        # Who stops listening no longer waits for the rest.
+        stream.cancel()
 
 
 def as_text(messages: Sequence[Message]) -> str:

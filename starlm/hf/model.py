@@ -3,6 +3,8 @@
 The modules have the names that they have in `StarLM`, so one model.safetensors serves both.
 """
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from starlm.errors import InputError
 from starlm.hf.cache import StarLMCache
 from starlm.hf.config import StarLMHFConfig
 from starlm.hf.inputs import first_rows
+from starlm.model.checkpoint import MANIFEST
 from starlm.model.model import StarLM
 from starlm.nn.block import Block
 
@@ -75,6 +78,11 @@ class StarLMModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: `auto_map` names a file that imports this package, so no source need be copied."""
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does; a manifest there is removed, as it describes what is written over."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
 
     @capture_outputs
     def forward(

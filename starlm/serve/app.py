@@ -26,6 +26,10 @@ from starlm.version import __version__
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": schemas.ErrorBody, "description": "A field that is missing, impossible or not supported."},
     401: {"model": schemas.ErrorBody, "description": "No key, or a wrong one."},
+    403: {
+        "model": schemas.ErrorBody,
+        "description": "Asked for under another name than localhost, without a key.",
+    },
     404: {"model": schemas.ErrorBody, "description": "No such model."},
     408: {"model": schemas.ErrorBody, "description": "The request's body did not arrive in time."},
     413: {"model": schemas.ErrorBody, "description": "The request's body is too large."},

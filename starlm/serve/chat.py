@@ -6,7 +6,7 @@ from typing import Literal
 
 from starlm.errors import InputError
 from starlm.generate.chat import Message as Turn
-from starlm.generate.chat import Render, as_text
+from starlm.generate.chat import Render, prompt
 from starlm.generate.text import TextModel
 from starlm.serve.errors import bad_request
 from starlm.serve.schemas import Message
@@ -49,8 +49,7 @@ class Chat:
         # OpenAI's newer name of the same role.
         turns = [Turn("system" if m.role == "developer" else m.role, m.text) for m in messages]
         try:
-            return (
-                Prompt(tokens=self.render(turns)) if self.render else text_prompt(as_text(turns), self.model)
-            )
+            tokens, begin = prompt(self.model, turns, self.render)
         except InputError as error:
             raise bad_request(f"{error}", "messages") from None
+        return Prompt(tokens=tokens, begin=begin)

@@ -1,6 +1,7 @@
-"""What stands before every route: request ids, the access log, the key, the limit of the body."""
+"""What stands before every route: request ids, the access log, the key or host, the limit of the body."""
 
 import asyncio
+import ipaddress
 import json
 import logging
 import secrets
@@ -46,6 +47,7 @@ class Gate:
             await send(message)
 
         try:
+            self._check_host(scope)
             self._check_key(scope)
             await self._app(scope, await self._with_body(scope, receive), watched)
         except APIError as error:
@@ -57,6 +59,22 @@ class Gate:
             _LOG.exception("request %s failed", number)
         finally:
             self._log(scope, number, status, time.perf_counter() - began)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Refuse names that somebody's DNS may have pointed here: his web page could read the answers."""
+        host = Headers(scope=scope).get("host", "").lower()
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if self._key is not None or name in ("", "localhost") or name.endswith(".localhost"):
+            return
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            raise APIError(
+                403,
+                f"Without an API key this server answers to localhost and to addresses, not to the name "
+                f"{name[:100]!r}. Ask for it by its address, or start it with --api-key KEY.",
+                code="host_not_allowed",
+            ) from None
 
     def _check_key(self, scope: Scope) -> None:
         # Preflights carry no key; the page, the documents and the health say nothing secret.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starlm.data.tokenizer import Tokenizer
-from starlm.generate.chat import ENDS, renderer
+from starlm.generate.chat import renderer, speaker
 from starlm.generate.engine import Engine
 from starlm.generate.request import Request
 from starlm.generate.text import TextModel, load
@@ -85,10 +85,7 @@ class Models:
         """
         options = self._options
         for name, folder in self._folders.items():
-            text = load(folder, device=options.device)
-            # An answer ends with its turn, too; models that were trained on no chats never say so.
-            stop_ids = text.stop_ids | {text.tokenizer.special[end] for end in ENDS}
-            text = TextModel(text.model, text.tokenizer, stop_ids=stop_ids)
+            text = speaker(load(folder, device=options.device))
             chat = Chat(model=text, render=renderer(folder, text.tokenizer, options.conversation))
             engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
             # The first call compiles kernels, which takes seconds: nobody is to wait for it.

@@ -22,6 +22,7 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
+from starlm.files import only_writer
 from starlm.generate.text import TextModel
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -55,10 +56,21 @@ def train(
         The last record, of kind "end": steps, tokens, seconds, loss, bits_per_byte, checkpoint.
 
     Raises:
-        InputError: unusable data, settings or run folder.
+        InputError: unusable data, settings or run folder, or another process that trains in it.
         StarLMError: the loss is no longer finite; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; the state was saved first.
     """
+    run = Run(config)
+    with only_writer(run.folder):
+        return _train(run, on_record, build)
+
+
+def _train(
+    run: Run,
+    on_record: Callable[[dict[str, Any]], None],
+    build: Callable[[StarLMConfig], StarLM],
+) -> dict:
+    config = run.config
     # 1. What there is: data, tokenizer, device, an earlier session.
     data = TokenData.open(config.data)
     training, validation = data.splits["train"], data.splits["validation"]
@@ -71,7 +83,6 @@ def train(
         )
     device = pick_device(config.device)
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(device))
-    run = Run(config)
     num_steps, start = config.num_steps, run.last_step()
     if start > num_steps:
         raise InputError(

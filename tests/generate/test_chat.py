@@ -17,8 +17,10 @@ from starlm.generate.chat import (
     by_template,
     read_conversation,
     renderer,
+    speaker,
     write_conversation,
 )
+from starlm.generate.engine import Engine
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 from starlm.train.config import OptimConfig, TrainConfig
@@ -52,6 +54,10 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     return TextModel(make_model("star", dtype=torch.float32, vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+def engine_of(model):
+    return Engine(speaker(model), slots=1)
 
 
 def test_template(tokenizer):
@@ -124,7 +130,7 @@ def test_as_text():
 
 def test_answers_continue_the_text(model):
     sampling = Sampling(seed=3, temperature=0.7)
-    got = "".join(answer(model, TALK, render=None, max_tokens=12, sampling=sampling))
+    got = "".join(answer(engine_of(model), TALK, render=None, max_tokens=12, sampling=sampling))
     assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=3, temperature=0.7)
 
 
@@ -137,7 +143,9 @@ def test_answers_after_a_template(model, monkeypatch):
     def said(*tokens):
         script = iter(tokens)
         monkeypatch.setattr("starlm.generate.engine.choose", lambda logits, samplers: [next(script)])
-        return list(answer(model, TALK, render=render, max_tokens=len(tokens), sampling=Sampling()))
+        return list(
+            answer(engine_of(model), TALK, render=render, max_tokens=len(tokens), sampling=Sampling())
+        )
 
     for end in ("<|assistant_end|>", "<|user_start|>"):
         got = said(*tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
@@ -156,8 +164,33 @@ def test_answers_after_a_template_are_the_models(model):
     new = tokens[-9:]
     assert not {tokenizer.bos, *(tokenizer.special[name] for name in ENDS)} & set(new)
     greedy = Sampling(temperature=0)
-    got = "".join(answer(model, TALK, render=render, max_tokens=9, sampling=greedy))
+    got = "".join(answer(engine_of(model), TALK, render=render, max_tokens=9, sampling=greedy))
     assert got == tokenizer.decode(new)
+
+
+def test_a_turn_reads_on_where_the_one_before_ended(model):
+    render, engine = by_template(SOURCE, model.tokenizer), engine_of(model)
+    talk, sampling = [Message("user", "Be brief. " * 20)], Sampling(temperature=0)
+    for turn in range(3):
+        before = engine.stats()
+        got = "".join(answer(engine, talk, render=render, max_tokens=6, sampling=sampling))
+        fresh = answer(engine_of(model), talk, render=render, max_tokens=6, sampling=sampling)
+        assert got == "".join(fresh)
+        cached = engine.stats().cached_tokens - before.cached_tokens
+        asked = engine.stats().prompt_tokens - before.prompt_tokens
+        # What an untrained model said may be other tokens when it is read again.
+        assert (cached == 0) if turn == 0 else (asked - cached < 30 and cached > 80)
+        talk += [Message("assistant", got), Message("user", "Bye")]
+
+
+def test_who_stops_listening_frees_the_slot(model):
+    engine = engine_of(model)
+    pieces = answer(engine, TALK, render=None, max_tokens=100, sampling=Sampling())
+    next(pieces)
+    assert engine.stats().used_slots == 1
+    pieces.close()
+    assert engine.stats().used_slots == 0
+    assert "".join(answer(engine, TALK, render=None, max_tokens=3, sampling=Sampling(temperature=0)))
 
 
 def test_files_come_back(tmp_path):

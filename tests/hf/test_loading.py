@@ -46,6 +46,15 @@ def test_there_and_back(tmp_path, kind, dtype):
     assert torch.equal(again(tokens), wrapper(tokens).logits)
 
 
+def test_saving_over_a_checkpoint_leaves_one_that_loads(tmp_path):
+    folder = write_checkpoint(make_model("star", dtype=torch.float32), tmp_path / "m")
+    wrapper = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        wrapper.head.weight.fill_(1)
+    wrapper.save_pretrained(folder)
+    assert torch.equal(load_model(folder).head.weight, wrapper.head.weight)
+
+
 def test_ways_to_load(tmp_path):
     model = make_model("star mixed", dtype=torch.float32)
     folder = write_checkpoint(model, tmp_path / "m")

@@ -148,11 +148,13 @@ def test_large_bodies(server):
     large = json.dumps({**COMPLETION, "prompt": "a" * (5 << 20)}).encode()
     assert "4194304 bytes" in check_error(server.post("/v1/completions", large), 413)["message"]
     for length in ("99999999999999999999999", "-1", "many"):
-        answer = raw(server, f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n")
+        answer = raw(
+            server, f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+        )
         assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400")), answer
     # Without a length, counted as it comes.
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert raw(server, head + chunk * 80).startswith(b"HTTP/1.1 413")
 
 

@@ -43,7 +43,7 @@ class Open:
 
     def __init__(self, server, body, path="/v1/completions", headers=None):
         data = json.dumps(body).encode()
-        lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         lines += [f"Content-Length: {len(data)}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
@@ -97,6 +97,17 @@ def test_the_key(limited):
     assert limited.get("/v1/models", headers=KEY).status == 200
     for path in ("/", "/health", "/docs"):
         assert limited.get(path).status == 200
+
+
+def test_names_that_a_foreign_dns_may_point_here(limited, server):
+    for name in ("127.0.0.1:80", "localhost", "LOCALHOST:9", "a.localhost", "[::1]:80", "[::1]", "10.0.0.1"):
+        assert server.get("/v1/models", headers={"Host": name}).status == 200, name
+    for name in ("evil.org", "evil.org:8000", "localhost.evil.org", "127.0.0.1.evil.org", "1.2.3", "é"):
+        for path in ("/v1/models", "/"):
+            answer = server.get(path, headers={"Host": name})
+            assert (answer.status, answer.body["error"]["code"]) == (403, "host_not_allowed"), name
+    # A page elsewhere has no key.
+    assert limited.get("/v1/models", headers=KEY | {"Host": "models.example.org"}).status == 200
 
 
 def test_other_origins(limited, server):

@@ -2,6 +2,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -246,6 +248,28 @@ def test_a_folder_with_something_else_is_refused(config):
     with pytest.raises(InputError, match=r"is not empty and holds no run.*another --out"):
         train(settings)
     assert os.listdir(settings.out) == ["thesis.txt"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(config):
+    settings = config()
+    code = f"""
+import sys, time
+from pathlib import Path
+from starlm.files import only_writer
+with only_writer(Path({str(settings.out)!r})):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match=r"Another process is writing to .*another folder"):
+            train(settings)
+        first.kill()
+    train(settings)
+    assert list(losses_of(settings.out)) == list(range(1, 9))
+    # What ended by itself is no hindrance either.
+    train(settings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
