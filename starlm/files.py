@@ -107,14 +107,11 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"Another process is writing to {folder}. Wait for it, stop it, or choose another folder."
             ) from None
-        except NotImplementedError:
-            # A file system that has no locks: nobody can be kept out of it.
-            pass
     try:
         yield
     finally:
         lock.release()
-        if os.listdir(folder) == [".lock"]:
+        if set(os.listdir(folder)) <= {".lock"}:
             (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from starlm.errors import InputError
-from starlm.files import readable_os_errors, settle, whole_folder, write_whole
+from starlm.files import only_writer, readable_os_errors, settle, whole_folder, write_whole
 
 # A process number above what any system gives out.
 DEAD = 2**22 + 1
@@ -209,3 +209,20 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
         whole_folder(tmp_path / "a" / "b"),
     ):
         pass
+
+
+def test_where_a_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    # filelock then takes the existence of the file for the lock, and says so.
+    with pytest.warns(UserWarning, match="flock not supported"), only_writer(tmp_path / "run"):
+        (tmp_path / "run" / "made").touch()
+    assert (tmp_path / "run" / "made").exists()
+
+
+def test_a_folder_in_which_nothing_was_made_is_not_left_behind(tmp_path):
+    with only_writer(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()

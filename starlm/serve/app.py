@@ -93,18 +93,20 @@ def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
         return JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "2"})
 
     @app.get(
-        "/metrics", responses={200: {"content": {"text/plain": {}}}, **_errors(401)}, response_class=Response
+        "/metrics",
+        responses={200: {"content": {"text/plain": {}}}, **_errors(401, 403)},
+        response_class=Response,
     )
     def prometheus() -> Response:
         """Counters in Prometheus' format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models", response_model=schemas.ModelList, responses=_errors(401))
+    @app.get("/v1/models", response_model=schemas.ModelList, responses=_errors(401, 403))
     async def list_models() -> dict[str, Any]:
         """The models that are loaded."""
         return {"object": "list", "data": [served.describe() for served in models.served]}
 
-    @app.get("/v1/models/{model}", response_model=schemas.Model, responses=_errors(401, 404, 503))
+    @app.get("/v1/models/{model}", response_model=schemas.Model, responses=_errors(401, 403, 404, 503))
     async def show_model(model: str) -> schemas.Model:
         """One model."""
         return models[model].describe()
@@ -151,7 +153,9 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
 def _add_reads(app: FastAPI, models: Models) -> None:
     reader = Reader()
 
-    @app.post("/v1/starlm/reads", response_model=schemas.Reads, responses=_errors(400, 401, 404, 413, 503))
+    @app.post(
+        "/v1/starlm/reads", response_model=schemas.Reads, responses=_errors(400, 401, 403, 404, 413, 503)
+    )
     async def where_it_reads(body: schemas.ReadsRequest) -> Response:
         """Which tokens every head reads for each token of a text."""
         return JSONResponse(await asyncio.to_thread(reader.read, models[body.model], body))

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import re
 import secrets
 import time
 from hmac import compare_digest
@@ -62,8 +63,7 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         """Refuse names that somebody's DNS may have pointed here: his web page could read the answers."""
-        host = Headers(scope=scope).get("host", "").lower()
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        name = re.sub(r":\d+$", "", Headers(scope=scope).get("host", "").lower())
         if self._key is not None or name in ("", "localhost") or name.endswith(".localhost"):
             return
         try:
