@@ -8,9 +8,11 @@ Runs that have a result are skipped, a run that was cut off goes on from its las
 import argparse
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from experiments import packages
 from experiments.measure import by_position_and_recall
 from experiments.variants import SHIFTS, VARIANTS, builder, settings
 from starlm.data.prepare import prepare
@@ -24,7 +26,8 @@ from starlm.train.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "lm"
 WORK = Path("runs/experiments")
-EVAL_TOKENS = 65536
+# Whole files, so that the tokens that are measured come from all of the corpus: how much of it is held out.
+HELD_OUT = {"packages": 0.01}
 
 
 def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
@@ -35,9 +38,10 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         return result
     torch.set_num_threads(args.threads)
     data = WORK / "data" / args.corpus
-    sources = "embedded" if args.corpus == "embedded" else [args.corpus_path]
     if not data.exists():
-        prepare(sources, data, vocab_size=args.vocab)
+        prepare(
+            _sources(args), data, vocab_size=args.vocab, validation_fraction=HELD_OUT.get(args.corpus, 0.05)
+        )
     vocab = TokenData.open(data).vocab_size
     config = TrainConfig(
         data=data,
@@ -49,7 +53,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         batch_tokens=args.batch,
         steps=args.steps,
         eval_every=args.eval_every,
-        eval_tokens=EVAL_TOKENS,
+        eval_tokens=args.eval_tokens,
         save_every=50,
         keep=1,
         sample_prompts=(),
@@ -65,7 +69,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     end = train(config, on_record=note, build=build)
     model = build(config.model).eval()
     model.load_state_dict(load_tensors(Path(end["checkpoint"]) / "model.safetensors"))
-    split = by_position_and_recall(model, TokenData.open(data).splits["validation"], EVAL_TOKENS)
+    split = by_position_and_recall(model, TokenData.open(data).splits["validation"], args.eval_tokens)
     # From the run's own record, which knows of the sessions before this one.
     metrics = read_run(config.out)
     curve = [(r["step"], round(r["loss"], 4)) for r in metrics.validations]
@@ -84,6 +88,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
             "blocks": sum(p.numel() for p in model.blocks.parameters()),
             "total": sum(p.numel() for p in model.parameters()),
         },
+        "eval_tokens": args.eval_tokens,
         "loss": end["loss"],
         "bits_per_byte": end["bits_per_byte"],
         "tokens_per_second_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
@@ -93,6 +98,12 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(result, (json.dumps(record, indent=1) + "\n").encode())
     return result
+
+
+def _sources(args: argparse.Namespace) -> Literal["embedded"] | list[str | Path]:
+    if args.corpus == "embedded":
+        return "embedded"
+    return [*packages.sources()] if args.corpus == "packages" else [args.corpus_path]
 
 
 def main() -> None:
@@ -112,8 +123,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02], help="Muon's learning rates")
     parser.add_argument("--eval-every", type=int, default=150)
+    parser.add_argument("--eval-tokens", type=int, default=65536, help="of the validation split")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--corpus", default="embedded", help="embedded, or a name for --corpus-path")
+    parser.add_argument("--corpus", default="embedded", help="embedded, packages, or a name for --corpus-path")
     parser.add_argument("--corpus-path", help="text file or folder of another corpus")
     args = parser.parse_args()
     for seed in args.seeds:
