@@ -166,8 +166,8 @@ class ServeBenchOptions:
     """Clients that ask at the same time."""
     requests: int = 4
     """Requests of each client, one after the other."""
-    prompt_tokens: int = 128
-    """Tokens of a prompt."""
+    prompt_tokens: tuple[int, ...] = (128,)
+    """Tokens of a prompt; several lengths are loaded one after the other."""
     tokens: int = 64
     """Tokens of an answer; fewer if the model ends it."""
     slots: int = 32
@@ -178,16 +178,15 @@ class ServeBenchOptions:
             if not ok:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
-        require(bool(self.clients) and min(self.clients) >= 1, "1 or more", "clients")
-        for name in ("requests", "prompt_tokens", "tokens", "slots"):
+        for name in ("clients", "prompt_tokens"):
+            values = getattr(self, name)
+            require(bool(values) and min(values) >= 1, "1 or more", name)
+        for name in ("requests", "tokens", "slots"):
             require(getattr(self, name) >= 1, "at least 1", name)
 
     def describe(self) -> str:
         """The sizes that all rows share."""
-        return (
-            f"{self.requests} requests per client, prompts of {self.prompt_tokens} tokens, answers of "
-            f"{self.tokens}, {self.slots} slots"
-        )
+        return f"{self.requests} requests per client, answers of {self.tokens} tokens, {self.slots} slots"
 
 
 def check_plot(plot: Path | None) -> None:

@@ -1,6 +1,7 @@
 """A server under load: time to the first token, between tokens, and tokens per second, by number of clients.
 
     starlm bench serve --model runs/demo
+    starlm bench serve --model runs/demo --clients 1 --prompt-tokens 1000 100000
 
 The server is a process of its own on the loopback interface; each client is a thread that sends its next
 request when the one before is answered. Prompts are random tokens, no two alike, so nothing is cached.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,19 +34,21 @@ def main(options: ServeBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
     before, rows = load(), []
     with _server(options) as port:
         vocab = _get(port, "/v1/models")["data"][0]["vocab_size"]
-        _load(port, options, vocab, clients=1, requests=1, seed=0)
+        draw = np.random.default_rng(0)
+        _load(port, draw.integers(9, vocab, (1, 1, min(options.prompt_tokens))), options.tokens)
         print(
             f"{options.describe()}, load {before}; milliseconds: median and 99th percentile\n\n"
-            f"{'clients':>9}{'first token':>20}{'between tokens':>20}{'tokens/s':>12}"
+            f"{'prompt':>9}{'clients':>9}{'first token':>20}{'between tokens':>20}{'tokens/s':>12}"
         )
-        for seed, clients in enumerate(options.clients, 1):
-            found = _load(port, options, vocab, clients=clients, requests=options.requests, seed=seed)
-            rows.append({"clients": clients, **found})
+        for length, clients in product(options.prompt_tokens, options.clients):
+            prompts = draw.integers(9, vocab, (clients, options.requests, length))
+            found = _load(port, prompts, options.tokens)
+            rows.append({"prompt_tokens": length, "clients": clients, **found})
             first, between = (
                 "{p50:,.1f}  {p99:,.1f}".format(**found[name]) for name in ("first_ms", "between_ms")
             )
             speed = found["tokens_per_second"]
-            print(f"{clients:>9}{first:>20}{between:>20}{speed:>12,.0f}", flush=True)
+            print(f"{length:>9,}{clients:>9}{first:>20}{between:>20}{speed:>12,.0f}", flush=True)
     return {
         "command": command("serve", options),
         "machine": machine,
@@ -64,17 +68,15 @@ class _Times:
     errors: list[str] = field(default_factory=list)
 
 
-def _load(
-    port: int, options: ServeBenchOptions, vocab: int, *, clients: int, requests: int, seed: int
-) -> dict[str, Any]:
-    """Figures of `clients` that ask `requests` times each, at the same time."""
-    prompts = np.random.default_rng(seed).integers(9, vocab, (clients, requests, options.prompt_tokens))
+def _load(port: int, prompts: np.ndarray, tokens: int) -> dict[str, Any]:
+    """Figures of clients that ask at the same time; prompts: ids [clients, requests of each, length]."""
+    clients, requests, _ = prompts.shape
     times = _Times()
 
     def work(client: int) -> None:
         try:
             for prompt in prompts[client]:
-                _ask(port, prompt.tolist(), options.tokens, times)
+                _ask(port, prompt.tolist(), tokens, times)
         except Exception as error:
             times.errors.append(f"{type(error).__name__}: {error}")
 

@@ -17,17 +17,17 @@ from starlm.errors import InputError, StarLMError  # noqa: E402
 
 def test_a_server_under_load(tmp_path, capsys):
     options = ServeBenchOptions(
-        model=make_run(tmp_path / "run"), clients=(1, 3), requests=2, prompt_tokens=5, tokens=4
+        model=make_run(tmp_path / "run"), clients=(1, 3), requests=2, prompt_tokens=(5, 40), tokens=4
     )
     result = json.loads(json.dumps(serve.main(options, {"processor": "abacus"})))
-    for row, clients in zip(result["rows"], (1, 3), strict=True):
-        assert (row["clients"], row["requests"]) == (clients, 2 * clients)
+    for row, (length, clients) in zip(result["rows"], ((5, 1), (5, 3), (40, 1), (40, 3)), strict=True):
+        assert (row["prompt_tokens"], row["clients"], row["requests"]) == (length, clients, 2 * clients)
         assert 0 < row["tokens"] <= 4 * row["requests"]
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
         assert 0 < row["first_ms"]["p50"] <= row["first_ms"]["p99"]
     out = capsys.readouterr().out
     assert "processor: abacus" in out
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["1", "3"]
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["40", "1"], ["40", "3"]]
 
 
 def test_a_server_that_does_not_start(tmp_path):
