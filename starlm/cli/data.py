@@ -21,7 +21,8 @@ class PrepareOptions:
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SOURCE ...]")] = (
         "embedded",
     )
-    """Folders and files (.txt .md .py .jsonl .jsonl.gz .parquet); `embedded` is Python's standard library."""
+    """Folders, files and https:// addresses of files (.txt .md .py .jsonl .jsonl.gz .parquet); hf:OWNER/NAME,
+    hf:OWNER/NAME/PATH, a Hugging Face dataset or a part of it; `embedded`, Python's standard library."""
     out: Path = Path("data")
     """Folder to write."""
     vocab_size: int = 4096
@@ -73,7 +74,7 @@ def source_list(sources: tuple[str, ...]) -> Any:
         InputError: nothing given, or `embedded` beside paths.
     """
     if not sources:
-        raise InputError("Name at least one folder or file to read, or `embedded`.")
+        raise InputError("Name at least one folder, file or address to read, or `embedded`.")
     if "embedded" not in sources:
         return list(sources)
     if len(sources) > 1:

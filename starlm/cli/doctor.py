@@ -203,8 +203,10 @@ def _disk(options: DoctorOptions) -> Iterator[Finding]:
 
 
 def _caches(options: DoctorOptions) -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
     from numba.core.dispatcher import Dispatcher
 
+    from starlm.data.download import cache_folder
     from starlm.ops import cpu
 
     kernels = [value for value in vars(cpu).values() if isinstance(value, Dispatcher)]
@@ -222,6 +224,8 @@ def _caches(options: DoctorOptions) -> Iterator[Finding]:
 
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
     yield Finding(name="cache of torch.compile", value=folder)
+    yield Finding(name="cache of downloads", value=str(cache_folder()))
+    yield Finding(name="cache of Hugging Face", value=HF_HUB_CACHE)
 
 
 VERBS = {"doctor": Verb(options=DoctorOptions, run=run)}

@@ -20,7 +20,7 @@ class TrainOptions:
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SOURCE ...]")] = (
         "embedded",
     )
-    """Folders and files (.txt .md .py .jsonl .jsonl.gz .parquet); `embedded` is Python's standard library."""
+    """As of `starlm data prepare`."""
     out: Path = Path("tokenizer.json")
     """File to write; an existing one is replaced."""
     vocab_size: int = 4096
@@ -41,14 +41,15 @@ class ShowOptions:
 
 def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
     from starlm.data.documents import embedded_corpus, find_files, iter_documents
+    from starlm.data.download import local
     from starlm.data.tokenizer import Tokenizer
 
     sources = source_list(options.sources)
-    files = embedded_corpus() if sources == "embedded" else find_files(sources)
     if not options.out.parent.is_dir():
         raise InputError(f"There is no folder {options.out.parent} to write {options.out.name} in. Make it.")
     size = documents = 0
     with console.progress() as progress:
+        files = embedded_corpus() if sources == "embedded" else find_files(local(sources, progress))
 
         def texts():
             nonlocal size, documents

@@ -85,7 +85,7 @@ def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]
     if not root.exists():
         raise InputError(f"There is no file or folder {root}. Check the path.")
     if not root.is_dir():
-        if not _suffix(root.name):
+        if not suffix_of(root.name):
             raise InputError(
                 f"{root} cannot be read as documents: supported are {_supported()}. Convert the file, or "
                 f"rename it if it is plain text."
@@ -103,15 +103,15 @@ def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]
         visited.add(resolved)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in exclude)
         for name in names:
-            if not name.startswith(".") and _suffix(name):
+            if not name.startswith(".") and suffix_of(name):
                 path = Path(folder, name)
                 files.append((path.relative_to(root).parts, path))
     for parts, path in sorted(files):
         yield path, "/".join(parts)
 
 
-def _suffix(name: str) -> str:
-    """The supported suffix that `name` ends with, or an empty string."""
+def suffix_of(name: str) -> str:
+    """The supported suffix that the file's name ends with, or an empty string."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
@@ -168,7 +168,7 @@ def iter_documents(
 
 
 def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document]:
-    suffix = _suffix(file.path.name)
+    suffix = suffix_of(file.path.name)
     try:
         if suffix in TEXT_SUFFIXES:
             yield Document(text=_read_text(file), source=file.name)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from starlm.data.documents import (
     iter_documents,
     position_of,
 )
+from starlm.data.download import Progress, local
 from starlm.data.shards import (
     FORMAT,
     META,
@@ -30,8 +31,6 @@ from starlm.data.shards import (
 from starlm.data.tokenizer import FILE, Tokenizer
 from starlm.errors import InputError
 from starlm.files import readable_os_errors, settle, sha256, whole_folder
-
-Progress = Callable[[str, int, int | None], None]
 
 # A tokenizer of some thousand tokens does not get better with more text.
 TOKENIZER_BYTES = 50_000_000
@@ -83,7 +82,8 @@ def prepare(
     validation: its last `validation_fraction`, begun at a line.
 
     Args:
-        sources: files and folders (see `find_files`); "embedded" is the Python standard library's source.
+        sources: files and folders (see `find_files`), addresses and datasets (see `download.local`);
+            "embedded" is the Python standard library's source.
         out: the folder to write; it appears whole or not at all. If it holds this very preparation of
             unchanged sources, nothing is done.
         vocab_size: of the tokenizer to train; see `Tokenizer.train`.
@@ -92,8 +92,8 @@ def prepare(
         text_field: the key or column that holds the text in .jsonl and .parquet.
         shard_tokens: tokens of one file at most, unless a single document has more.
         overwrite: write anew, replacing prepared data in `out`. Other folders are never replaced.
-        progress: called with a stage ("read", "tokenizer", "encode"), and how much of how much is done:
-            files, bytes, documents. The latter is None if unknown.
+        progress: called with a stage ("bytes downloaded", "read", "tokenizer", "encode"), and how much of how
+            much is done: bytes, files, bytes, documents. The latter is None if unknown.
 
     Raises:
         InputError: unusable sources, options or `out`.
@@ -103,7 +103,7 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
     out = Path(out)
-    files = _find(sources)
+    files = _find(sources, report)
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     options = {
         "tokenizer": given.fingerprint if given else None,
@@ -244,17 +244,9 @@ def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[s
         yield batch
 
 
-def _find(sources: Iterable[str | Path] | str) -> list[SourceFile]:
+def _find(sources: Iterable[str | Path] | str, report: Progress) -> list[SourceFile]:
     items = [sources] if isinstance(sources, str | Path) else list(sources)
-    for item in items:
-        if str(item).lower().startswith(("http://", "https://", "http:/", "https:/", "hf:")):
-            raise InputError(
-                f"{item}: reading from the network is not supported yet. Download the file first, "
-                f"then name it."
-            )
-    if items == ["embedded"]:
-        return embedded_corpus()
-    return find_files(items)
+    return embedded_corpus() if items == ["embedded"] else find_files(local(items, report))
 
 
 def _identity(files: list[SourceFile], options: dict[str, Any]) -> str:

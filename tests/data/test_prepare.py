@@ -312,12 +312,6 @@ def test_sources_without_enough_text_are_refused(tmp_path, text, message):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-@pytest.mark.parametrize("source", ["https://example.com/x.txt", "hf:someone/something"])
-def test_the_network_is_not_read(tmp_path, source):
-    with pytest.raises(InputError, match=r"network is not supported yet.*Download the file first"):
-        prepare([source], tmp_path / "out")
-
-
 @pytest.mark.parametrize("files", [0, 1, 5])
 @pytest.mark.parametrize("out", ["data", "other/new"])
 def test_a_full_disk_leaves_nothing(corpus, monkeypatch, files, out):

@@ -1,0 +1,227 @@
+"""Sources on the network: fetched once, continued where they broke off, verified."""
+
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from starlm.data.documents import SUFFIXES, suffix_of
+from starlm.errors import InputError
+from starlm.files import only_writer, readable_os_errors, sha256, sync
+
+Progress = Callable[[str, int, int | None], None]
+
+STAGE = "bytes downloaded"
+ATTEMPTS = 5
+"""Failures in a row, without a byte between them, after which a download is given up."""
+_PAUSE, _TIMEOUT, _CHUNK = 1.0, 30.0, 1 << 20
+# Answers that another try may change.
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
+
+
+def cache_folder() -> Path:
+    """Where downloads stay: $STARLM_CACHE, or starlm in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("STARLM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starlm"
+
+
+def local(sources: Iterable[str | Path], report: Progress) -> list[Path]:
+    """The sources as paths, in order: what is on the network is fetched, unless it was before.
+
+    Args:
+        sources: paths, and as text: http:// and https:// addresses of one file each, with #sha256=HEX behind
+            it if its content is known; hf:OWNER/NAME[@REVISION][/PATH], the supported files of a Hugging Face
+            dataset, or of one folder or file in it. These stay in Hugging Face's own cache.
+        report: called with STAGE, the bytes that came, and how many there are, or None.
+
+    Raises:
+        InputError: an address that is wrong, does not answer, or sends something else than it promised.
+    """
+    found: list[Path] = []
+    for source in sources:
+        if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+            found.append(_file(source, report))
+        elif isinstance(source, str) and source.lower().startswith("hf:"):
+            found += _dataset(source, report)
+        else:
+            found.append(Path(source))
+    return found
+
+
+def _file(source: str, report: Progress) -> Path:
+    url, _, fragment = source.partition("#")
+    expected = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if fragment and not expected:
+        raise InputError(f"{source}: behind the # may stand sha256= and 64 hex digits; got {fragment!r}.")
+    name = re.sub(r"[^\w.-]", "_", unquote(urlsplit(url).path.rpartition("/")[2]))
+    if not suffix_of(name):
+        raise InputError(
+            f"{source} does not name a file that can be read: supported are {', '.join(SUFFIXES)}. Download "
+            f"and convert it."
+        )
+    path = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    with only_writer(path.parent):
+        if not path.exists():
+            _download(url, path, report)
+        if expected and sha256(path) != expected[1].lower():
+            path.unlink()
+            raise InputError(f"{url} is another file than expected: its SHA-256 differs. Check the source.")
+    return path
+
+
+def _download(url: str, path: Path, report: Progress) -> None:
+    """Fetch `url` into `path`, which appears whole; what came before a failure is kept and continued."""
+    partial, failures = path.with_name(f".{path.name}.part"), 0
+    while True:
+        before = _size(partial)
+        try:
+            _receive(url, partial, report)
+            break
+        except urllib.error.HTTPError as error:
+            problem = f"the server answered {error.code} {error.reason}"
+            if error.code == 416:
+                partial.unlink(missing_ok=True)
+            elif error.code not in _BUSY:
+                raise InputError(f"{url}: {problem}. Check the address.") from None
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(getattr(error, "reason", "") or error or type(error).__name__)
+        failures = 1 if _size(partial) > before else failures + 1
+        if failures >= ATTEMPTS:
+            raise InputError(
+                f"{url} could not be fetched: {problem}. Check the address and the network, then run the "
+                f"same command again: it goes on after the {_size(partial):,} bytes that came."
+            )
+        time.sleep(_PAUSE * 2 ** (failures - 1))
+    with readable_os_errors(path):
+        sync(partial)
+        partial.replace(path)
+        _tag(partial).unlink(missing_ok=True)
+
+
+def _receive(url: str, partial: Path, report: Progress) -> None:
+    """One try: append to `partial` what is missing of the file, or begin anew if it has changed."""
+    headers = {"User-Agent": "starlm"}
+    done, tag = _size(partial), _tag(partial)
+    if done and tag.exists():
+        # The server sends the rest only if the file is still the same, else all of it.
+        headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()}
+    opener = urllib.request.build_opener(_Redirects)
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
+        if answer.status == 206 and not (answer.headers["Content-Range"] or "").startswith(f"bytes {done}-"):
+            raise ConnectionError("the server sent another part of the file than it was asked for")
+        done = done if answer.status == 206 else 0
+        total = None if answer.length is None else done + answer.length
+        etag = answer.headers["ETag"] or ""
+        validator = answer.headers["Last-Modified"] if etag.startswith("W/") or not etag else etag
+        with readable_os_errors(partial):
+            file = partial.open("ab" if done else "wb")
+            tag.write_text(validator) if validator else tag.unlink(missing_ok=True)
+        with file:
+            while piece := answer.read(_CHUNK):
+                with readable_os_errors(partial):
+                    file.write(piece)
+                    file.flush()
+                done += len(piece)
+                report(STAGE, done, total)
+    if total is not None and done != total:
+        raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows what stays as safe as it was."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.startswith(
+            "https://" if req.full_url.startswith("https://") else ("http://", "https://")
+        ):
+            raise InputError(f"{req.full_url} redirects to {newurl}, which is not safe. Check the address.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _tag(partial: Path) -> Path:
+    """Beside what came: the server's name for the version of the file that it belongs to."""
+    return partial.with_suffix(".tag")
+
+
+def _dataset(source: str, report: Progress) -> list[Path]:
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    match = _HUB.fullmatch(source)
+    if not match:
+        raise InputError(f"{source} is no dataset: write hf:OWNER/NAME, or hf:OWNER/NAME@REVISION/PATH.")
+    name, inside, paths = match["name"], (match["path"] or "").strip("/"), []
+    try:
+        info = HfApi().dataset_info(name, revision=match["revision"], files_metadata=True)
+        files = [file for file in info.siblings or [] if _wanted(file.rfilename, inside)]
+        if not files:
+            raise InputError(f"{source} has no file that can be read: supported are {', '.join(SUFFIXES)}.")
+        where: dict[str, Any] = {"repo_type": "dataset", "revision": info.sha}
+        cached = [isinstance(try_to_load_from_cache(name, file.rfilename, **where), str) for file in files]
+        needed = sum(file.size or 0 for file, there in zip(files, cached, strict=True) if not there)
+        _check_room(source, needed, Path(constants.HF_HUB_CACHE))
+        where["tqdm_class"] = _bar(report, needed)
+        for file in sorted(files, key=lambda file: file.rfilename):
+            path = Path(hf_hub_download(name, file.rfilename, **where))
+            if file.lfs and sha256(path) != file.lfs.sha256:
+                path.resolve().unlink()
+                raise InputError(f"{file.rfilename} of {source} is damaged. Run the same command again.")
+            paths.append(path)
+    except (OSError, HFValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{source} could not be fetched: {reason}. Check the name and the network; a private dataset "
+            f"needs HF_TOKEN."
+        ) from None
+    return paths
+
+
+def _wanted(file: str, inside: str) -> bool:
+    # A dataset's card is about the data.
+    if not suffix_of(file) or file == "README.md":
+        return False
+    return not inside or file == inside or file.startswith(f"{inside}/")
+
+
+def _bar(report: Progress, total: int) -> type:
+    """Hugging Face's progress bar, silent: it tells `report`, over all files."""
+    from huggingface_hub.utils import tqdm
+
+    done = 0
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.update(kwargs.get("initial"))
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal done
+            done += int(n or 0)
+            report(STAGE, done, total)
+
+    return Bar
+
+
+def _check_room(source: str, needed: int, folder: Path) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{source} is {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free. Name a folder "
+            f"or file of it (hf:OWNER/NAME/PATH), or set HF_HOME to a larger disk."
+        )
