@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from starlm.bench.config import GridOptions
-from starlm.bench.timing import Timing, interleave
+from starlm.bench.timing import Timing, interleave, peak_memory
 
 Make = Callable[[int], Callable[[], Any]]
 
@@ -19,7 +19,7 @@ class Peer:
     """One column of the table."""
 
     make: Make
-    """From a size to a call; the call is made once untimed."""
+    """From a size to a call; the call is made untimed first."""
     growing: bool = False
     """Its cost per token grows with the size, so that it may have to be left out."""
 
@@ -35,6 +35,8 @@ class Grid:
     """From the seconds of a call and its size to the figure in the table."""
     baseline: str
     """The peer that the others are compared with: so many times its seconds."""
+    memory: bool = False
+    """Whether the memory that a call takes is of interest, too."""
 
 
 def run(
@@ -56,7 +58,8 @@ def run(
     print(_row(grid.axis, *peers), flush=True)
     timings: dict[tuple[str, int], Timing] = {}
     skipped: dict[tuple[str, int], str] = {}
-    for size in sorted(options.sizes):
+    peaks: dict[tuple[str, int], int | None] = {}
+    for number, size in enumerate(sorted(options.sizes)):
         calls = {}
         for name, peer in peers.items():
             seconds = _predict(name, size, timings) if peer.growing else 0.0
@@ -66,10 +69,22 @@ def run(
                 )
                 continue
             calls[name, size] = peer.make(size)
-            calls[name, size]()
+            if grid.memory:
+                if not number:
+                    # Compiling takes memory, too.
+                    calls[name, size]()
+                peaks[name, size] = peak_memory(calls[name, size])
+            else:
+                calls[name, size]()
         timings |= interleave(calls, options.repeats)
         print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
+    if any(peaks.values()):
+        print(
+            f"\nMiB that a call takes at its highest moment, above those before\n\n{_row(grid.axis, *peers)}"
+        )
+        for size in sorted(options.sizes):
+            print(_row(f"{size:,}", *(_mebibytes(peaks.get((name, size))) for name in peers)))
     if options.plot is not None:
         from starlm.bench.plot import Line, draw
 
@@ -100,6 +115,7 @@ def run(
                 "value": grid.value(timing.median, size),
                 "over_baseline": _ratio(name, size, grid, timings),
                 "spread": timing.spread,
+                "peak_bytes": peaks.get((name, size)),
                 "seconds": timing.seconds,
             }
             for (name, size), timing in timings.items()
@@ -127,6 +143,10 @@ def _figure(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], 
     ratio = _ratio(name, size, grid, timings)
     times = "" if ratio is None or name == grid.baseline else f" {ratio:.2f}x"
     return f"{grid.value(timing.median, size):,.4g} ({timing.spread:.0%}){times}"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f}"
 
 
 def _row(*cells: str) -> str:

@@ -49,6 +49,7 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
         unit="µs per token, forward+backward",
         value=lambda seconds, _: seconds / options.batch_tokens * 1e6,
         baseline=PRODUCTS,
+        memory=True,
     )
     return run("layer", grid, peers, options, machine)
 

@@ -32,6 +32,7 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
         unit="tokens per second",
         value=lambda seconds, length: options.rows(length) * length / seconds,
         baseline=TRANSFORMER,
+        memory=True,
     )
     peers = {
         name: Peer(

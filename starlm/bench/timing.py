@@ -1,9 +1,17 @@
-"""Timing of calls side by side: in one process, round by round, so that a disturbance hits all alike."""
+"""Timing of calls side by side: in one process, round by round, so that a disturbance hits all alike.
 
+And the memory that a call takes.
+"""
+
+import ctypes
+import gc
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -43,3 +51,24 @@ def interleave(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key,
             calls[key]()
             seconds[key].append(time.perf_counter() - began)
     return {key: Timing(tuple(values)) for key, values in seconds.items()}
+
+
+def peak_memory(call: Callable[[], Any]) -> int | None:
+    """Bytes that the process held at the highest moment of a call, above those before; None but on Linux."""
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        # What the allocator keeps for later would hide as much of the call's own.
+        libc.malloc_trim(0)
+    # The kernel then counts the peak from here on.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _held("VmRSS")
+    call()
+    return max(_held("VmHWM") - before, 0)
+
+
+def _held(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

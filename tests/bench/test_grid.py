@@ -1,6 +1,8 @@
 """Tables of peers: what is measured, compared, left out and drawn; the benchmarks at tiny sizes."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from starlm.bench import decode, layer, step
 from starlm.bench.config import DecodeOptions, LayerOptions, TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
+from starlm.bench.timing import peak_memory
 from starlm.errors import InputError
 
 LAYER = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=2)
@@ -60,6 +63,25 @@ def test_layers(tmp_path):
     assert plot.stat().st_size > 1000
     half = LayerOptions(batch_tokens=64, lengths=(16,), dim=32, repeats=1, dtype="bfloat16")
     assert len(layer.main(half, {})["cells"]) == len(names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of memory")
+def test_memory_of_a_call(capsys):
+    def take(mebibytes):
+        # Written to, for the kernel gives pages only then; let go before the call ends.
+        bytearray(b"x") * (mebibytes << 20)
+
+    take(200)
+    for mebibytes in (32, 128):
+        assert peak_memory(lambda m=mebibytes: take(m)) / 2**20 == pytest.approx(mebibytes, rel=0.1)
+    assert peak_memory(lambda: None) < 2**20
+    grid = dataclasses.replace(GRID, memory=True)
+    peers = {"a": Peer(make=lambda size: lambda: take(size)), "b": Peer(make=lambda size: lambda: None)}
+    cells = by_cell(run("layer", grid, peers, LAYER, {}))
+    assert cells["a", 64]["peak_bytes"] / 2**20 == pytest.approx(64, rel=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("MiB that a call takes"))
+    assert [line.split()[0] for line in lines[begin + 2 :]] == ["T", "16", "64"]
 
 
 def test_steps():
