@@ -137,6 +137,13 @@ class DecodeOptions(GridOptions):
     """Tokens in the vocabulary."""
     max_shift: int = 512
     """Reach of the bounded model, whose memory is constant."""
+    peers: tuple[Literal["star", "gated", "bounded", "attention"], ...] = (
+        "star",
+        "gated",
+        "bounded",
+        "attention",
+    )
+    """Models to time; all hold their context at the same time: a million tokens of star are 8 GB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,6 +152,7 @@ class DecodeOptions(GridOptions):
         self._require(self.depth >= 1, "at least 1", "depth")
         self._require(self.tokens >= 1, "at least 1", "tokens")
         self._require(self.max_shift >= 0, "0 or more", "max_shift")
+        self._require(bool(self.peers), "at least one name", "peers")
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Generation with a long context behind it: time per token, bytes of state per token, beside attention.
 
     starlm bench decode
+    starlm bench decode --contexts 1000 1000000 --peers star
     starlm bench decode --contexts 1000 --depth 12 --dim 768 --vocab-size 16384
 
 The limit is the time that the machine takes to read the weights once: their bytes over the bandwidth that
@@ -23,13 +24,13 @@ LIMIT, CHUNK = "weights read once", 2048
 
 def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
     """Print the table; everything that was measured, for JSON."""
-    settings: dict[str, dict[str, Any]] = {
-        "star": {"preset": "star"},
-        "gated": {"preset": "gated"},
-        f"gated, {options.max_shift} back": {"preset": "gated", "max_shift": options.max_shift},
-        "attention": {"layers": "A"},
+    known: dict[str, tuple[str, dict[str, Any]]] = {
+        "star": ("star", {"preset": "star"}),
+        "gated": ("gated", {"preset": "gated"}),
+        "bounded": (f"gated, {options.max_shift} back", {"preset": "gated", "max_shift": options.max_shift}),
+        "attention": ("attention", {"layers": "A"}),
     }
-    models = {name: _model(chosen, options) for name, chosen in settings.items()}
+    models = {name: _model(settings, options) for name, settings in map(known.__getitem__, options.peers)}
     state_bytes: dict[str, dict[int, int]] = {name: {} for name in models}
 
     def decoder(name: str, context: int) -> Callable[[], Any]:
@@ -52,7 +53,9 @@ def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
 
         return decode
 
-    weights = torch.cat([p.detach().flatten() for n, p in models["star"].named_parameters() if _read(n)])
+    weights = torch.cat(
+        [p.detach().flatten() for n, p in next(iter(models.values())).named_parameters() if _read(n)]
+    )
 
     def limit(_: int) -> Callable[[], Any]:
         return lambda: [weights.sum() for _ in range(options.tokens)]

@@ -106,6 +106,8 @@ def test_decoding(capsys):
     assert bytes_of["star"][50] >= bytes_of["star"][10] > 0
     assert result["weight_bytes"] == 4 * (2 * 12 * 32 * 32 + 2 * 32 + 50 * 32)
     assert "Decode state, MiB" in capsys.readouterr().out
+    bounded = DecodeOptions(contexts=(10,), tokens=1, dim=32, depth=2, vocab_size=50, peers=("bounded",))
+    assert [peer for peer, _ in by_cell(decode.main(bounded, {}))] == ["weights read once", "gated, 512 back"]
 
 
 @pytest.mark.parametrize(
