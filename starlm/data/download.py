@@ -127,7 +127,7 @@ def _receive(url: str, partial: Path, report: Progress) -> None:
             file = partial.open("ab" if done else "wb")
             tag.write_text(validator) if validator else tag.unlink(missing_ok=True)
         with file:
-            while piece := answer.read(_CHUNK):
+            while piece := answer.read1(_CHUNK):
                 with readable_os_errors(partial):
                     file.write(piece)
                     file.flush()
