@@ -153,6 +153,17 @@ def test_first_isolates():
     assert_same("later document", mix(**changed, **options)[:, 9:], out[:, 9:], 1e-6)
 
 
+def test_wild_first_rows_and_origins_mean_what_lies_next_to_them():
+    inputs, options = problem(packed=False)
+    wanted = results(mix, inputs, options)
+    for low in (-1, -(10**9), torch.iinfo(torch.int64).min):
+        got = results(mix, inputs, {**options, "first": torch.full((2, 13), low)})
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    far, beyond = ({**inputs, "origin": torch.full_like(inputs["origin"], row)} for row in (2**29, 2**32 + 1))
+    for a, b in zip(results(mix, far, options), results(mix, beyond, options), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_threads_change_nothing():
     inputs, options = problem(length=400, channels=16)
     threads = torch.get_num_threads()
