@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-tokens", type=int, default=65536, help="of the validation split")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--corpus", default="embedded", help="embedded, packages, or a name for --corpus-path")
+    parser.add_argument(
+        "--corpus", default="embedded", help="embedded, packages, or a name for --corpus-path"
+    )
     parser.add_argument("--corpus-path", help="text file or folder of another corpus")
     args = parser.parse_args()
     for seed in args.seeds:

@@ -44,7 +44,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for names, ok, rule in (
-            (("matrix_lr", "shift_lr", "embedding_lr", "head_lr", "weight_decay", "clip"), _is_size, "0 or more"),
+            (
+                ("matrix_lr", "shift_lr", "embedding_lr", "head_lr", "weight_decay", "clip"),
+                _is_size,
+                "0 or more",
+            ),
             (("momentum", "beta1", "beta2"), lambda x: 0 <= x < 1, "0 or more and below 1"),
             (("warmup", "warmdown", "final"), lambda x: 0 <= x <= 1, "between 0 and 1"),
         ):

@@ -390,7 +390,10 @@ def test_compiles_without_a_graph_break(backend):
         (lambda v, s: ((v, s), {"past": torch.tensor([0, 1])}), "past between 0 and 1"),
         (lambda v, s: ((v, s), {"past": torch.tensor([-1, 0])}), "past between -1 and 0"),
         (lambda v, s: ((v, s.to("meta")), {}), "shift on meta"),
-        (lambda v, s: ((v, s), {"first": torch.zeros(2, 4, dtype=torch.long, device="meta")}), "first on meta"),
+        (
+            lambda v, s: ((v, s), {"first": torch.zeros(2, 4, dtype=torch.long, device="meta")}),
+            "first on meta",
+        ),
         (lambda v, s: ((v[:, :1].expand(-1, 2**30, -1, -1), s), {}), "rows"),
         (lambda v, s: ((v[:, :3], s), {"past": torch.zeros(2).long()}), "S >= T"),
         (lambda v, s: ((v, s), {"backend": "gpu"}), "'gpu'"),

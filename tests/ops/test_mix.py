@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch.utils.checkpoint import checkpoint
 
+from starlm.errors import InputError
 from starlm.ops import cpu_mix, deform
 from starlm.ops import mix as module
 from starlm.ops.box import box, prefix_sums
@@ -162,6 +163,13 @@ def test_wild_first_rows_and_origins_mean_what_lies_next_to_them():
     far, beyond = ({**inputs, "origin": torch.full_like(inputs["origin"], row)} for row in (2**29, 2**32 + 1))
     for a, b in zip(results(mix, far, options), results(mix, beyond, options), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_dtype_without_kernels_is_refused(dtype):
+    inputs, options = problem()
+    with pytest.raises(InputError, match="float32 or bfloat16"):
+        mix(**{name: x.to(dtype) if name != "origin" else x for name, x in inputs.items()}, **options)
 
 
 def test_threads_change_nothing():

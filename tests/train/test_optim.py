@@ -154,8 +154,10 @@ def test_the_schedule(options, expected):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("matrix_lr", -0.1), ("head_lr", float("nan")), ("embedding_lr", float("inf")), ("clip", -1.0)]
-    + [("momentum", 1.0), ("beta1", 1.5), ("warmup", 3.0), ("warmdown", -0.1), ("final", 1.1)],
+    {
+        **{"matrix_lr": -0.1, "head_lr": float("nan"), "embedding_lr": float("inf"), "clip": -1.0},
+        **{"momentum": 1.0, "beta1": 1.5, "warmup": 3.0, "warmdown": -0.1, "final": 1.1},
+    }.items(),
 )
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(InputError, match=f"optim.{name} must be"):
