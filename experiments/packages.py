@@ -14,6 +14,7 @@ def sources() -> list[Path]:
     found: dict[bytes, Path] = {}
     for name in NAMES:
         for path in sorted((root / name).rglob("*.py")):
-            if {"tests", "test", "testing"}.isdisjoint(path.parts) and 0 < path.stat().st_size <= _LARGEST:
+            tests = {"tests", "test", "testing"} & {*path.relative_to(root).parts}
+            if not tests and 0 < path.stat().st_size <= _LARGEST:
                 found.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
     return list(found.values())

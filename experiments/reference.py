@@ -9,13 +9,19 @@ amplifies slowly.
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 import torch
 
+import starlm.model.model
 import starlm.nn.deformer
 import starlm.ops.box
+import starlm.ops.elementwise
 from starlm.data.loader import PackedLoader
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
@@ -23,6 +29,7 @@ from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.ops import deform
+from starlm.ops.anchors import anchors_reference
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
 
@@ -30,10 +37,30 @@ RESULTS = Path(__file__).parent / "results" / "reference"
 DATA = Path("runs/experiments/data/embedded")
 
 
-def losses(backend: str, config: StarLMConfig, steps: int, data: TokenData) -> tuple[list[float], float]:
+@contextmanager
+def plain() -> Iterator[None]:
+    """Layers without any operator of ours: `deform` by its definition, and nothing fused."""
+    places = {
+        "deform": (partial(deform, backend="reference"), (starlm.nn.deformer, starlm.ops.box)),
+        "fuses": (lambda x: False, (starlm.nn.deformer, starlm.ops.elementwise)),
+        "anchors": (anchors_reference, (starlm.model.model,)),
+    }
+    with ExitStack() as stack:
+        for name, (function, modules) in places.items():
+            for module in modules:
+                stack.enter_context(patch.object(module, name, function))
+        yield
+
+
+def losses(config: StarLMConfig, steps: int, data: TokenData, *, fused: bool) -> tuple[list[float], float]:
     """Training losses, and the seconds that the steps took."""
-    for module in (starlm.nn.deformer, starlm.ops.box):
-        module.deform = partial(deform, backend=backend)
+    with nullcontext() if fused else plain():
+        return _losses(config, steps, data, "mean" if fused else "none")
+
+
+def _losses(
+    config: StarLMConfig, steps: int, data: TokenData, reduction: Literal["mean", "none"]
+) -> tuple[list[float], float]:
     torch.manual_seed(0)
     model, found, began = StarLM(config), [], time.perf_counter()
     optimizers = Optimizers(model, OptimConfig())
@@ -41,7 +68,8 @@ def losses(backend: str, config: StarLMConfig, steps: int, data: TokenData) -> t
     for step in range(steps):
         batch = next(batches)
         inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
-        loss = model.loss(inputs, targets, first=first)
+        # With "none" the loss is PyTorch's own, of all logits.
+        loss = model.loss(inputs, targets, first=first, reduction=reduction).mean()
         loss.backward()
         optimizers.step(step, steps)
         found.append(loss.item())
@@ -67,12 +95,12 @@ def main() -> None:
     config = StarLMConfig(
         vocab_size=data.vocab_size, depth=args.depth, dim=args.width, context=args.length, preset="star"
     )
-    plain, slow = losses("reference", config, args.steps, data)
-    fused, fast = losses("auto", config, args.steps, data)
-    apart = [abs(a - b) for a, b in zip(plain, fused, strict=True)]
+    reference, slow = losses(config, args.steps, data, fused=False)
+    fused, fast = losses(config, args.steps, data, fused=True)
+    apart = [abs(a - b) for a, b in zip(reference, fused, strict=True)]
     result = {
         **vars(args),
-        "reference": {"first": plain[0], "last": plain[-1], "seconds": round(slow, 1)},
+        "reference": {"first": reference[0], "last": reference[-1], "seconds": round(slow, 1)},
         "fused": {"first": fused[0], "last": fused[-1], "seconds": round(fast, 1)},
         "largest_difference": {"first_10_steps": max(apart[:10]), "all": max(apart)},
     }

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starlm.errors import InputError
@@ -110,10 +110,13 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before the release: behind it, the file might be the lock of the next one already. What cannot be
+        # removed stays: the folder is gone, or somebody has put something into it.
+        with suppress(OSError):
+            if set(os.listdir(folder)) <= {".lock"}:
+                (folder / ".lock").unlink(missing_ok=True)
+                folder.rmdir()
         lock.release()
-        if set(os.listdir(folder)) <= {".lock"}:
-            (folder / ".lock").unlink(missing_ok=True)
-            folder.rmdir()
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -220,6 +221,22 @@ def test_where_a_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="flock not supported"), only_writer(tmp_path / "run"):
         (tmp_path / "run" / "made").touch()
     assert (tmp_path / "run" / "made").exists()
+
+
+def test_a_folder_that_vanished_or_was_filled_hides_no_error(tmp_path, monkeypatch):
+    def work(last):
+        with only_writer(tmp_path / "run"):
+            last()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        work(lambda: shutil.rmtree(tmp_path / "run"))
+    # Something appears between the last look and the removal.
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [listed(path), (path / "new").touch()][0])
+    with pytest.raises(KeyError, match="mine"):
+        work(lambda: None)
+    assert (tmp_path / "run" / "new").exists()
 
 
 def test_a_folder_in_which_nothing_was_made_is_not_left_behind(tmp_path):

@@ -63,7 +63,8 @@ def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
     peers = {LIMIT: Peer(make=limit)}
     for name in models:
         peers[name] = Peer(
-            make=lambda context, name=name: decoder(name, context), growing=name == "attention"
+            make=lambda context, name=name: decoder(name, context),
+            cost=float if name == "attention" else None,
         )
     grid = Grid(
         axis="context",

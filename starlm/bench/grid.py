@@ -20,8 +20,8 @@ class Peer:
 
     make: Make
     """From a size to a call; the call is made untimed first."""
-    growing: bool = False
-    """Its cost per token grows with the size, so that it may have to be left out."""
+    cost: Callable[[int], float] | None = None
+    """What a call costs at a size, up to a factor, if so much that it may have to be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def run(
     for number, size in enumerate(sorted(options.sizes)):
         calls = {}
         for name, peer in peers.items():
-            seconds = _predict(name, size, timings) if peer.growing else 0.0
+            seconds = 0.0 if peer.cost is None else _predict(name, size, peer.cost, timings)
             if seconds > options.limit_seconds:
                 skipped[name, size] = (
                     f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
@@ -125,10 +125,12 @@ def run(
     }
 
 
-def _predict(name: str, size: int, timings: Mapping[tuple[str, int], Timing]) -> float:
-    """Seconds of a call, from the next smaller size, at a constant number of tokens: its cost grows as T."""
+def _predict(
+    name: str, size: int, cost: Callable[[int], float], timings: Mapping[tuple[str, int], Timing]
+) -> float:
+    """Seconds of a call, from the next smaller size; 0 without one."""
     known = {s: timing for (peer, s), timing in timings.items() if peer == name}
-    return known[max(known)].median * size / max(known) if known else 0.0
+    return known[max(known)].median * cost(size) / cost(max(known)) if known else 0.0
 
 
 def _ratio(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], Timing]) -> float | None:

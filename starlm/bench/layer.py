@@ -42,7 +42,9 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
             continue
         name, make = layers[key]
         peers[name] = Peer(
-            make=lambda length, make=make: _layer(make(), options, length), growing=key == "attention"
+            make=lambda length, make=make: _layer(make(), options, length),
+            # At a constant number of tokens.
+            cost=float if key == "attention" else None,
         )
     grid = Grid(
         axis="T",

@@ -37,7 +37,7 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
     peers = {
         name: Peer(
             make=lambda length, settings=settings: _step(settings, options, length),
-            growing=name == TRANSFORMER,
+            cost=(lambda length: options.rows(length) * length**2) if name == TRANSFORMER else None,
         )
         for name, settings in MODELS.items()
     }

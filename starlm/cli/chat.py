@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from starlm.cli.console import Console
+from starlm.cli.console import Console, piped
 from starlm.cli.generate import PRESETS
 from starlm.cli.options import Verb
 from starlm.errors import InputError, StarLMError
@@ -89,7 +89,7 @@ def run(options: ChatOptions, console: Console) -> dict[str, Any]:
     if talks:
         session.talk()
     else:
-        text = sys.stdin.read()
+        text = piped()
         session.answer_once(text if render is None else text.strip())
     return {"messages": [asdict(message) for message in session.messages], **session.figures}
 

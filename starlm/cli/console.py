@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from starlm.errors import InputError
+
 Record = dict[str, Any]
 # Plain progress: a line when this share of the work or this time has passed.
 SHARE, SECONDS = 0.05, 10.0
@@ -70,6 +72,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def piped() -> str:
+    """All text that was piped into stdin.
+
+    Raises:
+        InputError: it is not text in stdin's encoding.
+    """
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"stdin is not {error.encoding.upper()} text: at byte {error.start}. Convert it."
+        ) from None
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from starlm.cli.console import Console
 from starlm.cli.options import Verb
+from starlm.errors import InputError
 from starlm.report.environment import processor
 from starlm.version import __version__
 
@@ -28,6 +29,10 @@ class DoctorOptions:
     matmul_size: int = 1024
     """Side of the square matrices that float32 and bfloat16 are timed on."""
 
+    def __post_init__(self) -> None:
+        if self.matmul_size < 1:
+            raise InputError(f"matmul_size must be at least 1; got {self.matmul_size}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -40,7 +45,13 @@ class Finding:
 
 
 def run(options: DoctorOptions, console: Console) -> dict[str, Any]:
-    """Look at everything; a part that cannot be looked at is itself a finding."""
+    """Look at everything; a part that cannot be looked at is itself a finding.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not options.folder.is_dir():
+        raise InputError(f"There is no folder {options.folder}. Name the one that will hold data and runs.")
     findings: list[Finding] = []
     for look in (_python, _packages, _processor, _torch, _bfloat16, _gpu, _backends, _disk, _caches):
         try:

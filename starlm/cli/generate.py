@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starlm.cli.console import Console
+from starlm.cli.console import Console, piped
 from starlm.cli.options import Verb
 from starlm.errors import InputError
 
@@ -90,7 +90,7 @@ def read_prompt(text: str | None, file: Path | None, *, flags: tuple[str, str]) 
         flags: how to give the two, for the message when there is nothing.
 
     Raises:
-        InputError: an unreadable file, or none of the three.
+        InputError: an unreadable file or stdin, or none of the three.
     """
     if text is not None:
         return text
@@ -105,7 +105,7 @@ def read_prompt(text: str | None, file: Path | None, *, flags: tuple[str, str]) 
             ) from None
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError(f"Give a prompt: {flags[0]}, {flags[1]}, or pipe one in.")
-    return sys.stdin.read()
+    return piped()
 
 
 VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from starlm.cli.console import Console
+from starlm.cli.console import Console, piped
 from starlm.cli.data import VOCABULARIES, source_list
 from starlm.cli.options import Verb
 from starlm.errors import InputError
@@ -75,9 +75,9 @@ def _show(options: ShowOptions, console: Console) -> dict[str, Any]:
 
     text = options.text
     if text is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise InputError('Give a text: starlm tokenizer show "some text", or pipe one in.')
-        text = sys.stdin.read()
+        text = piped()
     tokenizer = Tokenizer.load(options.tokenizer)
     ids = tokenizer.encode(text)
     pieces = [tokenizer.token_bytes(number) for number in ids]

@@ -193,6 +193,10 @@ class DecodeState:
     def _lengths(self, lengths: int | Sequence[int]) -> list[int]:
         """One length per slot, all of them possible for a crop."""
         wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != self.batch:
+            raise InputError(
+                f"A decode state of {self.batch} slots needs as many lengths, or one for all; got {wanted}."
+            )
         for number, (slot, keep) in enumerate(zip(self.slots, wanted, strict=True)):
             if not 0 <= keep <= slot.length:
                 raise InputError(f"Cannot crop slot {number} to {keep} tokens: it has {slot.length}.")

@@ -85,11 +85,15 @@ class Deformer(nn.Module):
             window: longest window that box heads start from, in tokens; the shortest is 2.
 
         Raises:
-            InputError: heads does not divide dim, or an unknown preset or kind.
+            InputError: heads does not divide dim, an unknown preset or kind, or an impossible shift.
         """
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise InputError(f"Deformer needs heads to divide dim; got heads={heads}, dim={dim}.")
+        if max_shift is not None and max_shift < 0:
+            raise InputError(f"Deformer needs max_shift of 0 or more, or None; got {max_shift}.")
+        if shift_init is not None and not 0 < shift_init < math.inf:
+            raise InputError(f"Deformer needs shift_init above 0 and finite, or None; got {shift_init}.")
         if preset not in PRESETS:
             raise InputError(f"Deformer has the presets {', '.join(PRESETS)}; got {preset!r}.")
         self.dim, self.heads, self.preset = dim, heads, preset

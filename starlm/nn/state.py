@@ -199,7 +199,7 @@ class LayerState:
             places[0, slot] = rows.address
             if rows.data is None or rows.data.dtype != like.dtype or rows.data.device != like.device:
                 return None
-            if rows.base and first is not None:
+            if first is not None:
                 starts[slot] = max(starts[slot, 0] - rows.base, 0)
         return places[0], places[1], starts
 

@@ -25,7 +25,7 @@ def anchors(
     Args:
         tokens: token ids, 0 or more.
         orders: N values of n, each at least 1.
-        first: first row that each token may read; default 0.
+        first: first row that each token may read; default 0, and below 0 it is 0.
 
     Returns:
         int64; -1 where there is no earlier occurrence.
@@ -77,7 +77,7 @@ def anchors_reference(tokens: Tensor, orders: Sequence[int], first: Tensor | Non
     """`anchors` in plain PyTorch, by sorting."""
     batch, length = tokens.shape
     row = torch.arange(length, device=tokens.device).expand(batch, length)
-    first = torch.zeros_like(row) if first is None else first
+    first = torch.zeros_like(row) if first is None else first.clamp(min=0)
     tokens = tokens.long()
     size = tokens.max() + 1 if tokens.numel() else 1
     name, found = torch.zeros_like(tokens), {}

@@ -55,7 +55,7 @@ def box(
     available = end
     if first is not None:
         # Beyond the query's own row, `first` means that row.
-        first = torch.minimum(first, end[:, :, 0, 0] - 1)
+        first = torch.minimum(first.clamp(min=0), end[:, :, 0, 0] - 1)
         available = end - first[:, :, None, None]
     width = torch.minimum(width, available.to(width.dtype))
     return (rows - deform(sums, width, first=first, past=past + 1)) / width, width

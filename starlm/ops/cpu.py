@@ -20,11 +20,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from starlm.errors import InputError
+
 # Below this many elements a thread hand-over costs more than the work.
 SERIAL_ELEMENTS = 1 << 15
 # Stands in for infinite shifts: beyond any row number below 2^30, exact in fp32, and `origin - FAR - 1`
 # stays inside int32.
 FAR = np.float32(2.0**30)
+_FURTHEST = 2**30 - 1
 # Elements of at most a cache line, and how many rows ahead `_warm` touches.
 LINE, AHEAD = 16, 4
 
@@ -73,15 +76,17 @@ def _locate(shift, origin, start, last, rows, fraction):
     """Rows to read (near, far) and weight of the far one, for the shifts of one head.
 
     Apart from the reads, so that this loop vectorises and the reads are all that is left of the other.
+    `origin` and `start` are int64 that somebody else has made: whatever they say, the rows are rows.
     """
     near, far = rows[0], rows[1]
+    place, start = _i32(min(origin, _FURTHEST)), _i32(min(max(start, 0), last))
     for c in range(shift.size):
         x = _widen(shift[c])
         whole = np.floor(x)
         reach = min(max(whole, -FAR), FAR)
         # Beyond FAR both rows are the same one, so the fraction is moot; NaN must stay NaN.
         fraction[c] = x - whole if reach == whole else (x if x != x else 0)
-        row = _i32(origin) - _i32(reach if x == x else 0)
+        row = place - _i32(reach if x == x else 0)
         near[c] = min(max(_i32(row), start), last)
         far[c] = min(max(_i32(row - _i32(1)), start), last)
 
@@ -108,11 +113,11 @@ def _forward(values, shift, heads, origin, first, past, out, rows, fraction, que
     for query in range(query0, query1):
         b, t = query // length, query % length
         last = _i32(past[b] + t)
-        start = _i32(first[b, t])
+        start = first[b, t]
         source = values[b]
         seen = max(seen, _warm(source, min(last + AHEAD, source.shape[0] - 1)))
         for h in range(heads):
-            o = last if origin is None else _i32(origin[b, t, h])
+            o = np.int64(last) if origin is None else origin[b, t, h]
             left, right = h * channels, (h + 1) * channels
             target = out[b, t, left:right]
             if o < 0:
@@ -140,10 +145,10 @@ def _backward(
         source, dsource = values[b], dvalues[b]
         for t in range(length):
             last = _i32(past[b] + t)
-            start = _i32(first[b, t])
+            start = first[b, t]
             seen = max(seen, _warm(source, min(last + AHEAD, source.shape[0] - 1)))
             for h in range(heads * group // groups, heads * (group + 1) // groups):
-                o = last if origin is None else _i32(origin[b, t, h])
+                o = np.int64(last) if origin is None else origin[b, t, h]
                 left, right = h * channels, (h + 1) * channels
                 g, ds = grad[b, t, left:right], dshift[b, t, left:right]
                 if o < 0:
@@ -209,7 +214,12 @@ def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction
 def forward(
     values: Tensor, shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
 ) -> Tensor:
-    """`deform` for CPU tensors; see `starlm.ops.deform`."""
+    """`deform` for CPU tensors; see `starlm.ops.deform`.
+
+    Raises:
+        InputError: too many rows, or `past` beyond them: the kernels would read memory of others.
+    """
+    _check(values, shift, past)
     exact = _exact(values, shift)
     out = torch.empty(shift.shape, dtype=_kept(values, exact))
     heads = _heads(shift, origin, 1)
@@ -222,6 +232,20 @@ def forward(
     batch, length = shift.shape[:2]
     _spread(work, batch * length, shift.numel())
     return out.to(values.dtype)
+
+
+def _check(values: Tensor, shift: Tensor, past: Tensor | None) -> None:
+    rows, length = values.shape[1], shift.shape[1]
+    if rows > _FURTHEST:
+        raise InputError(
+            f"backend='cpu' reads up to {_FURTHEST} rows; got values {tuple(values.shape)}. "
+            "Use backend='reference'."
+        )
+    if past is not None and past.numel() and not 0 <= past.min() <= past.max() <= rows - length:
+        raise InputError(
+            f"deform needs 0 <= past <= S - T = {rows - length}, so that every query has its own row; got "
+            f"past between {past.min()} and {past.max()}."
+        )
 
 
 def step(

@@ -118,7 +118,7 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
         if kind == BOX:
             _prefix_sums(slab, sums)
         for t in range(length):
-            start = min(i32(first[b, t]), i32(t))
+            start = max(min(first[b, t], t), 0)
             _reach(z[b, t, left:right], kind, furthest, shift)
             _place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
             if kind == BOX:
@@ -161,7 +161,7 @@ def _backward(
         if kind == BOX:
             _prefix_sums(slab, sums)
         for t in range(length):
-            start = min(i32(first[b, t]), i32(t))
+            start = max(min(first[b, t], t), 0)
             dy, zt, dzt = grad[b, t, left:right], z[b, t, left:right], dz[b, t, left:right]
             g, dg = gate[b, t, left:right], dgate[b, t, left:right]
             # The gradient of what is read; that of the gate follows below.

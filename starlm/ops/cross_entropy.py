@@ -6,7 +6,8 @@
 For a vocabulary of 4096 the logits of a batch, their softcap, their probabilities and three gradients are
 the largest tensors of a training step by far. Here tokens go by in chunks: the logits of one chunk become
 its gradient at once, while they are in the cache, and from it the chunk's part of the gradients of hidden
-states and weights follows. Only these two are kept for the backward pass.
+states and weights follows. Of these two the backward pass is a product with one number, so there is no second
+derivative: to ask for one is an error.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def cross_entropy(
         torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 
     Memory: one chunk of logits, and, where there is a gradient to come, its two results. With
-    reduction="none" and a gradient to come, all logits, as in the formula above.
+    reduction="none" and a gradient to come, all logits, as in the formula above; only there is a second
+    derivative.
 
     Args:
         hidden: the last hidden states; autocast acts on them and on `weight` as on any product.
@@ -104,17 +106,30 @@ def _(hidden, weight, targets, softcap, wants_grad):
     return losses.sum(), losses, *kept
 
 
+@torch.library.custom_op("starlm::cross_entropy_backward", mutates_args=())
+def _loss_backward(
+    grad: Tensor, dhidden: Tensor, dweight: Tensor, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients, times `grad`. That they depend on `hidden` and `weight`, autograd learns here."""
+    # Never in place: a graph may be walked twice.
+    return (dhidden * grad).to(dhidden.dtype), (dweight * grad).to(dweight.dtype)
+
+
+@_loss_backward.register_fake
+def _(grad, dhidden, dweight, hidden, weight):
+    return torch.empty_like(dhidden), torch.empty_like(dweight)
+
+
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:], *inputs[:2])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, grad, *unused):
     if grad is None:
         return (None,) * 5
-    # Never in place: a graph may be walked twice.
-    return *((x * grad).to(x.dtype) for x in ctx.saved_tensors), None, None, None
+    return *_loss_backward(grad, *ctx.saved_tensors), None, None, None
 
 
 _loss.register_autograd(_differentiate, setup_context=_save)

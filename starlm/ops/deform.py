@@ -43,7 +43,7 @@ def deform(
         origin: the row that shift 0 reads; default the query's own. Negative means "no such row":
             output 0, no gradient.
         first: first row that a query may read (start of its document, or after left padding); default 0.
-            Where it lies beyond the query's own row, the query reads its own row only.
+            Where it lies beyond the query's own row, the query reads its own row only; below 0 it is 0.
         past: rows before the first query: one number, or one per batch row.
         backend: `reference` is plain PyTorch, `cpu` and `triton` the fused kernels for CPU and GPU; `auto`
             takes the fused kernels where the device has them.
@@ -143,6 +143,7 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
     for name, index, wanted in (
         ("origin", origin, (batch, length, heads)),
         ("first", first, (batch, length)),
+        ("past", None if isinstance(past, int) else past, (batch,)),
     ):
         if index is None:
             continue
@@ -150,6 +151,12 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
             raise InputError(
                 f"deform needs {name} as integers of shape {wanted}; got {index.dtype} of "
                 f"{tuple(index.shape)} ({shapes})."
+            )
+    for name, tensor in (("shift", shift), ("origin", origin), ("first", first), ("past", past)):
+        if isinstance(tensor, Tensor) and tensor.device != values.device:
+            raise InputError(
+                f"deform needs all tensors on one device; got values on {values.device}, {name} on "
+                f"{tensor.device}."
             )
     if backend not in get_args(Backend):
         raise InputError(f"deform has the backends {', '.join(get_args(Backend))}; got {backend!r}.")
@@ -164,10 +171,6 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
                 f"({shapes})."
             )
         return torch.full((batch,), past, device=values.device) if past else None
-    if past.shape != (batch,):
-        raise InputError(
-            f"deform needs past as a number or a tensor [B]; got {tuple(past.shape)} ({shapes})."
-        )
     if length > rows:
         raise InputError(f"deform needs S >= T, so that every query has its own row; got {shapes}.")
     return past

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.errors import InputError
+
 
 def mix(
     values: Float[Tensor, "B T H C"],
@@ -37,9 +39,17 @@ def mix(
 
     Returns:
         In the dtype of `values`; arithmetic in fp32, prefix sums in fp64.
+
+    Raises:
+        InputError: dtypes that the kernels do not have.
     """
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(
+            f"mix computes in float32 or bfloat16; got values {values.dtype}, shift {shift.dtype}. "
+            "Compose it from deform and box."
+        )
     gate = None if gate is None else gate.to(dtype)
     if origin is None:
         origin = torch.empty(*values.shape[:2], 0, dtype=torch.int64, device=values.device)

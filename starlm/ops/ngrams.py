@@ -37,7 +37,7 @@ def _append(tokens, n, table, chain, begin, end, first, origin):
         j = np.int64(table[bucket])
         chain[t] = j
         table[bucket] = t
-        start = n - 1 + (np.int64(0) if first is None else first[t - begin])
+        start = n - 1 + (np.int64(0) if first is None else max(first[t - begin], 0))
         found = np.int64(-1)
         # Positions fall along a chain: below `start` there is nothing more to find.
         while j >= start and t >= start:

@@ -38,7 +38,7 @@ def rows_read(
     batch, length = shift.shape[:2]
     past = torch.as_tensor(past, device=shift.device).view(-1, 1)
     last = (past + torch.arange(length, device=shift.device)).expand(batch, length)[:, :, None, None]
-    start = torch.zeros_like(last) if first is None else first[:, :, None, None].long()
+    start = torch.zeros_like(last) if first is None else first[:, :, None, None].long().clamp(min=0)
     origin = last if origin is None else origin[..., None].long()
 
     # Floor and fraction come before the position: rows stay integers at every length.

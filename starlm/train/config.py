@@ -1,11 +1,16 @@
 """What one training run is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
+
+
+def _is_size(x: float) -> bool:
+    return 0 <= x < math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,20 @@ class OptimConfig:
     """Share of the horizon over which the rates fall to `final`."""
     final: float = 0.0
     """Rate at the end, as a share of the full rate."""
+
+    def __post_init__(self) -> None:
+        for names, ok, rule in (
+            (
+                ("matrix_lr", "shift_lr", "embedding_lr", "head_lr", "weight_decay", "clip"),
+                _is_size,
+                "0 or more",
+            ),
+            (("momentum", "beta1", "beta2"), lambda x: 0 <= x < 1, "0 or more and below 1"),
+            (("warmup", "warmdown", "final"), lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ):
+            for name in names:
+                if not ok(getattr(self, name)):
+                    raise InputError(f"optim.{name} must be {rule}; got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +115,7 @@ class TrainConfig:
             )
         for name in ("steps", "tokens", "tokens_per_param"):
             value = getattr(self, name)
-            require(value is None or value > 0, "above 0, or left out", name)
+            require(value is None or 0 < value < math.inf, "above 0 and finite, or left out", name)
         require(
             self.batch_tokens >= self.model.context and self.batch_tokens % self.model.context == 0,
             f"a multiple of model.context ({self.model.context})",

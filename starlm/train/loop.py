@@ -195,15 +195,17 @@ def _train(
                     validate(done)
                 if config.sample_every and done % config.sample_every == 0:
                     sample(done)
-                if (config.save_every and done % config.save_every == 0) or stopped():
+                # Looked at once: who is told to stop must find a checkpoint.
+                stop = stopped()
+                if stop or (config.save_every and done % config.save_every == 0):
                     save(done)
-                if stopped():
+                if stop:
                     raise Interrupted(f"Stopped at step {done} of {num_steps}; saved. Run it again to go on.")
 
-    # 4. The end: figures, samples, the last checkpoint.
+    # 4. The end: the last checkpoint, then what only looks at the model: an interruption there costs nothing.
+    path = save(num_steps) if num_steps > start else run.folder / "checkpoints" / f"step-{start:06d}"
     result = validate(num_steps)
     sample(num_steps)
-    path = save(num_steps) if num_steps > start else run.folder / "checkpoints" / f"step-{start:06d}"
     tokens = num_steps * config.batch_tokens
     return emit(
         "end", step=num_steps, seconds=seconds, **result | {"tokens": tokens, "checkpoint": str(path)}

@@ -14,7 +14,7 @@ MOMENTUM_START, MOMENTUM_STEPS = 0.85, 300
 
 
 def rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Share of the full learning rate at a step: linear up, flat, linear down to `final`.
+    """Share of the full learning rate at a step: linear up, flat, linear down to `final`; 1 at most.
 
     Args:
         step: 0 for the first step.
@@ -22,11 +22,9 @@ def rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """
     up, down = config.warmup * num_steps, config.warmdown * num_steps
     left = num_steps - step
-    if step < up:
-        return (step + 1) / max(up, 1)
-    if left < down:
-        return config.final + (1 - config.final) * left / down
-    return 1.0
+    share = 1.0 if step >= up else min(1.0, (step + 1) / up)
+    # Where the two overlap, the way down begins from what the way up has reached.
+    return share if left >= down else share * (config.final + (1 - config.final) * left / down)
 
 
 class Optimizers:

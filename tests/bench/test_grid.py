@@ -45,13 +45,24 @@ def test_a_table_of_two_peers(capsys):
 def test_what_would_take_too_long_is_named_not_hidden(capsys):
     options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, limit_seconds=0.0)
     fast = Peer(make=lambda size: lambda: None)
-    growing = Peer(make=lambda size: lambda: sum(range(1000)), growing=True)
+    growing = Peer(make=lambda size: lambda: sum(range(1000)), cost=float)
     result = run("layer", GRID, {"a": fast, "b": growing}, options, {})
     assert set(by_cell(result)) == {("a", 16), ("a", 64), ("b", 16)}
     assert [(row["peer"], row["size"]) for row in result["skipped"]] == [("b", 64)]
     out = capsys.readouterr().out
     assert "b at 64: skipped, about" in out
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("       64")] == ["skipped"]
+
+
+def test_what_a_longer_call_would_take_follows_from_its_cost():
+    options = TrainBenchOptions(
+        batch_tokens=64, lengths=(32, 256), dim=16, depth=1, repeats=1, limit_seconds=0.0
+    )
+    result = step.main(options, {})
+    (row,) = result["skipped"]
+    (before,) = by_cell(result)[step.TRANSFORMER, 32]["seconds"]
+    # One row of 256 tokens, where two of 32 were: eight times as long, half as many.
+    assert float(row["why"].split()[1]) == pytest.approx(before * 8**2 / 2, rel=0.06)
 
 
 def test_layers(tmp_path):

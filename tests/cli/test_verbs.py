@@ -100,6 +100,11 @@ def test_tokenizer_show_reads_stdin(command, monkeypatch):
     Tokenizer.train(["abc"], 265).save(Path("t.json").absolute())
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
     assert command("tokenizer", "show", "--tokenizer", "t.json", "--json").json["tokens"] == ["a", "b"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    done = command("tokenizer", "show", "--tokenizer", "t.json")
+    assert (done.code, done.err) == (2, "error: stdin is not UTF-8 text: at byte 3. Convert it.\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "Give a text" in command("tokenizer", "show", "--tokenizer", "t.json").err
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,16 @@ def test_doctor(command):
         "torch threads",
         "matmul on the CPU",
     } <= machine.keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--folder", "nowhere", "There is no folder nowhere"), ("--matmul-size", "0", "matmul_size must be")],
+)
+def test_doctor_does_not_blame_the_installation_for_an_option(command, option, value, words):
+    done = command("doctor", option, value)
+    assert done.code == 2
+    assert words in done.err
 
 
 def test_doctor_survives_what_it_looks_for(command, monkeypatch):

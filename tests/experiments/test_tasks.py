@@ -1,10 +1,13 @@
 """The synthetic tasks are what their papers say; where a model's loss lies is counted right."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments import needle, synthetic
+from experiments import needle, packages, reference, synthetic
 from experiments.measure import by_position_and_recall
 from experiments.mqar import VOCAB, examples
 from experiments.variants import builder, settings
@@ -103,3 +106,36 @@ def test_shifts_of_variants(name):
     for model in models.values():
         tokens = torch.randint(50, (2, 12))
         model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+
+
+class Ours(TorchDispatchMode):
+    """Hears the names of StarLM's own operators, which Python does not see when they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "starlm":
+            self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_reference_run_has_none_of_our_operators_and_the_fused_one_has_them():
+    data = SimpleNamespace(splits={"train": Split.from_documents([[0, *range(1, 60)]] * 20)})
+    config, found = StarLMConfig(vocab_size=64, depth=1, dim=64, context=32), {}
+    for fused in (False, True):
+        with Ours() as heard:
+            found[fused], _ = reference.losses(config, 3, data, fused=fused)
+        assert ("starlm::mix" in heard.names) is fused
+        assert bool(heard.names) is fused
+    assert found[False] == pytest.approx(found[True], rel=1e-4)
+
+
+def test_packages_are_found_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    root = tmp_path / "test" / "site-packages"
+    for name in ("numpy/core.py", "numpy/again.py", "numpy/tests/test_core.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x = 1\n" if "test" not in name else "y = 1\n")
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(root))
+    assert packages.sources() == [root / "numpy" / "again.py"]

@@ -192,6 +192,10 @@ def test_impossible_crops_and_states():
     for wanted in (6, -1, [5, 6]):
         with pytest.raises(InputError, match=r"Cannot crop slot [01] to (6|-1) tokens: it has 5"):
             state.crop(wanted)
+    for wanted in ([], [1], [1, 2, 3]):
+        for method in (state.crop, lambda lengths: state.fork(lengths=lengths)):
+            with pytest.raises(InputError, match="2 slots needs as many lengths"):
+                method(wanted)
     with pytest.raises(InputError, match=r"has 2 slots and 2 layers; the tokens have batch 3.*new_state"):
         model(make_tokens(3, 1), state=state)
     with pytest.raises(InputError, match="the model 1 layers"):

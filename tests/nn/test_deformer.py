@@ -148,6 +148,13 @@ def test_empty():
 
 
 def test_errors():
+    for options, words in (
+        ({"heads": 0}, "heads=0"),
+        ({"heads": 2, "max_shift": -1}, "max_shift of 0 or more"),
+        ({"heads": 2, "shift_init": 0.0}, "shift_init above 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Deformer(12, **options)
     with pytest.raises(InputError, match="heads=5, dim=12"):
         Deformer(12, 5)
     with pytest.raises(InputError, match="'moon'"):

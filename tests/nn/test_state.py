@@ -86,6 +86,18 @@ def test_box_of_many_slots_is_box_of_each(dtype, keep, packed):
         assert torch.equal(got[1][one], wanted[1])
 
 
+@pytest.mark.parametrize("method", ["read", "box"])
+def test_a_first_row_below_0_is_row_0(method):
+    texts, last, first = inputs(torch.float32)
+    reach = torch.full_like(last, 1e6)
+    low, zero = (
+        getattr(filled(method, texts, None), method)("stream", last, reach, first=torch.full_like(first, row))
+        for row in (-7, 0)
+    )
+    for got, wanted in zip(low, zero, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_one_call_of_the_kernel_serves_all_slots(monkeypatch):
     texts, last, _ = inputs(torch.float32)
     state, calls, step = filled("read", texts, None), [], cpu.step

@@ -57,6 +57,14 @@ def test_definition(form, batch, length, vocab, orders, packed, seed):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_first_row_below_0_is_row_0(form):
+    tokens = torch.tensor([[7, 1, 2, 7, 7, 3, 1, 2]])
+    for low in (-1, -5, torch.iinfo(torch.int64).min):
+        got = FORMS[form](tokens, [1, 2, 3], first=torch.full((1, 8), low))
+        assert torch.equal(got, FORMS[form](tokens, [1, 2, 3]))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_by_hand(form):
     tokens = torch.tensor([[7, 8, 9, 7, 8, 8, 8]])
     found = FORMS[form](tokens, [1, 2, 3])[0].T.tolist()

@@ -40,6 +40,13 @@ def test_definition():
         assert (effective <= available.clamp(min=1).expand(2, 23)[..., None, None]).all()
 
 
+def test_a_first_row_below_0_is_row_0():
+    values, width = problem()
+    sums = prefix_sums(values)
+    for got, wanted in zip(box(sums, width, first=torch.full((2, 23), -4)), box(sums, width), strict=True):
+        assert_same("wild", got, wanted, 0.0)
+
+
 def test_width_one_is_the_own_row_and_a_long_window_the_mean_of_all():
     values, width = problem()
     sums = prefix_sums(values)

@@ -164,6 +164,15 @@ def test_a_target_beyond_the_vocabulary_is_refused():
         cross_entropy(hidden, weight, targets)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_second_derivative_is_refused_rather_than_wrong(dtype):
+    hidden, weight, targets = problem(dtype=dtype)
+    loss = cross_entropy(hidden.square(), weight, targets)
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="cross_entropy_backward"):
+        torch.autograd.grad(first.sum(), hidden)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 def test_registration(dtype):
     hidden, weight, targets = problem(dtype=dtype)

@@ -177,6 +177,25 @@ def test_no_such_row_gives_nothing_and_takes_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_wild_first_rows_and_origins_mean_what_lies_next_to_them(backend):
+    lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    values, shift, options = make(9, "far", past=3)
+    shape, origins = options["first"].shape, options["origin"].shape
+    for wild, tame in ((-3, 0), (-(10**9), 0), (lowest, 0), (2**32, 12), (highest, 12)):
+        got, wanted = (
+            deform(values, shift, first=torch.full(shape, row), past=3, backend=backend)
+            for row in (wild, tame)
+        )
+        assert_same(f"{wild} as {tame}", got, wanted, 0.0)
+    for wild, tame in ((lowest, -1), (-(2**32), -1), (2**30, 2**29), (2**32 + 1, 2**29), (highest, 2**29)):
+        got, wanted = (
+            deform(values, shift, origin=torch.full(origins, row), past=3, backend=backend)
+            for row in (wild, tame)
+        )
+        assert_same(f"{wild} as {tame}", got, wanted, 0.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_nothing_leaks_from_the_future(backend):
     """Garbage in every row after t changes neither output nor gradient at or before t, bit for bit."""
     values, shift, options = make(40, dtype=torch.float32)
@@ -366,7 +385,16 @@ def test_compiles_without_a_graph_break(backend):
         (lambda v, s: ((v, s), {"first": torch.zeros(2, 4, 1).long()}), "first as integers"),
         (lambda v, s: ((v, s), {"past": 1}), "past=1"),
         (lambda v, s: ((v[:, :3], s), {}), "past=0"),
-        (lambda v, s: ((v, s), {"past": torch.zeros(3).long()}), "tensor [B]"),
+        (lambda v, s: ((v, s), {"past": torch.zeros(3).long()}), "past as integers of shape (2,)"),
+        (lambda v, s: ((v, s), {"past": torch.zeros(2)}), "past as integers"),
+        (lambda v, s: ((v, s), {"past": torch.tensor([0, 1])}), "past between 0 and 1"),
+        (lambda v, s: ((v, s), {"past": torch.tensor([-1, 0])}), "past between -1 and 0"),
+        (lambda v, s: ((v, s.to("meta")), {}), "shift on meta"),
+        (
+            lambda v, s: ((v, s), {"first": torch.zeros(2, 4, dtype=torch.long, device="meta")}),
+            "first on meta",
+        ),
+        (lambda v, s: ((v[:, :1].expand(-1, 2**30, -1, -1), s), {}), "rows"),
         (lambda v, s: ((v[:, :3], s), {"past": torch.zeros(2).long()}), "S >= T"),
         (lambda v, s: ((v, s), {"backend": "gpu"}), "'gpu'"),
         (lambda v, s: ((v.to("meta"), s.to("meta")), {"backend": "cpu"}), "backend='auto'"),

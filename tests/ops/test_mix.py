@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch.utils.checkpoint import checkpoint
 
+from starlm.errors import InputError
 from starlm.ops import cpu_mix, deform
 from starlm.ops import mix as module
 from starlm.ops.box import box, prefix_sums
@@ -151,6 +152,24 @@ def test_first_isolates():
     assert dvalues[:, :9].abs().max() < 1e-12
     changed = {**inputs, "values": torch.cat([-inputs["values"][:, :9], inputs["values"][:, 9:]], dim=1)}
     assert_same("later document", mix(**changed, **options)[:, 9:], out[:, 9:], 1e-6)
+
+
+def test_wild_first_rows_and_origins_mean_what_lies_next_to_them():
+    inputs, options = problem(packed=False)
+    wanted = results(mix, inputs, options)
+    for low in (-1, -(10**9), torch.iinfo(torch.int64).min):
+        got = results(mix, inputs, {**options, "first": torch.full((2, 13), low)})
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    far, beyond = ({**inputs, "origin": torch.full_like(inputs["origin"], row)} for row in (2**29, 2**32 + 1))
+    for a, b in zip(results(mix, far, options), results(mix, beyond, options), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_dtype_without_kernels_is_refused(dtype):
+    inputs, options = problem()
+    with pytest.raises(InputError, match="float32 or bfloat16"):
+        mix(**{name: x.to(dtype) if name != "origin" else x for name, x in inputs.items()}, **options)
 
 
 def test_threads_change_nothing():

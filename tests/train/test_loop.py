@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.generate.text import load
 from starlm.model.model import StarLM
+from starlm.train import loop
 from starlm.train.loop import Interrupted, train
+from starlm.train.run import Run
 
 
 def records_of(run):
@@ -286,6 +289,32 @@ def test_a_signal_ends_the_run_behind_a_whole_step(config, tmp_path, number):
     assert losses_of(settings.out) == losses_of(straight.out)
     one, other = weights_of(settings.out, 8), weights_of(straight.out, 8)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_at_any_moment_ends_the_run_only_with_a_checkpoint(config, monkeypatch):
+    answers = iter([False] * 5)
+
+    @contextmanager
+    def between_two_looks():
+        yield lambda: next(answers, True)
+
+    monkeypatch.setattr(loop, "_stop_signal", between_two_looks)
+    settings = config(save_every=0)
+    with pytest.raises(Interrupted) as caught:
+        train(settings)
+    assert f"Stopped at step {Run(settings).last_step()} of 8; saved" in str(caught.value)
+
+
+def test_the_last_checkpoint_is_there_before_the_last_evaluation(config, monkeypatch):
+    settings = config(save_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *args, **options: crash())
+        with pytest.raises(Crash):
+            train(settings)
+    assert Run(settings).last_step() == 8
+    end = train(settings)
+    assert end["bits_per_byte"] > 0
+    assert list(losses_of(settings.out)) == list(range(1, 9))
 
 
 def test_a_second_signal_acts_at_once(config):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from starlm.device import has_bfloat16
+from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -141,12 +142,26 @@ def test_weight_decay_pulls_matrices_only():
         ({"warmup": 0.4, "warmdown": 0.0}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
         ({"warmup": 0.0, "warmdown": 0.4}, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
         ({"warmup": 0.2, "warmdown": 0.5, "final": 0.1}, [0.5, 1, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28]),
+        ({"warmup": 0.15, "warmdown": 0.0}, [2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"warmup": 0.8, "warmdown": 0.5}, [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.7, 0.6, 0.4, 0.2]),
         ({"warmup": 0.05, "warmdown": 1.0}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
     ],
 )
 def test_the_schedule(options, expected):
     config = OptimConfig(**options)
     assert [rate(step, 10, config) for step in range(10)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {
+        **{"matrix_lr": -0.1, "head_lr": float("nan"), "embedding_lr": float("inf"), "clip": -1.0},
+        **{"momentum": 1.0, "beta1": 1.5, "warmup": 3.0, "warmdown": -0.1, "final": 1.1},
+    }.items(),
+)
+def test_impossible_settings_are_named(name, value):
+    with pytest.raises(InputError, match=f"optim.{name} must be"):
+        OptimConfig(**{name: value})
 
 
 def test_the_schedule_reaches_every_group():
