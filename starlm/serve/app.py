@@ -220,8 +220,8 @@ def _explain(errors: Any) -> APIError:
         return bad_request(
             f"{named} is not supported by this server. Leave it out.", named, code="unsupported_parameter"
         )
-    if first["type"] == "extra_forbidden":
-        return bad_request(f"There is no field {path[-1][:100]!r}. See /docs.", path[-1][:100])
+    if first["type"] == "unknown":
+        return bad_request(f"There is no field {named!r}. See /docs.", named)
     param = named or path[0]
     # The alternatives of a union are errors of their own.
     rules = {e["msg"] for e in errors if param in (e.get("ctx", {}).get("param"), *map(str, e["loc"][1:2]))}
