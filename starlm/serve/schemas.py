@@ -133,6 +133,11 @@ class GenerationRequest(Strict):
         return self
 
     @property
+    def length(self) -> int | None:
+        """Tokens of an answer at most, if the request says."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -193,6 +198,11 @@ class ChatRequest(GenerationRequest):
     """Log-probabilities of the tokens taken."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """And of this many likeliest ones; needs logprobs."""
+
+    @property
+    def length(self) -> int | None:
+        """By either name."""
+        return self.max_completion_tokens or self.max_tokens
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "ChatRequest":
