@@ -149,6 +149,15 @@ def test_generate(command, fake_model):
     assert (prompt, options["top_k"], options["stop"], options["max_tokens"]) == ("ab", 3, ("\n",), 9)
 
 
+def test_generate_on_a_terminal(command, fake_model, monkeypatch):
+    """The prompt in bold; no text may steer the terminal, and elsewhere it stays what it is."""
+    words = ("generate", "--model", "m", "--prompt", "a\x1b[2J\n")
+    assert command(*words).out == "a\x1b[2J\n!\n"
+    with monkeypatch.context() as change:
+        change.setattr(sys.stdout, "isatty", lambda: True)
+        assert command(*words).out == "\x1b[1ma\\x1b[2J\n\x1b[0ma\\x1b[2J\n!\n"
+
+
 def test_generate_json(command, fake_model):
     done = command("generate", "--model", "m", "--prompt", "ab", "--json", "--preset", "greedy")
     assert done.err == "ab!\n"
