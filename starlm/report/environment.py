@@ -8,7 +8,6 @@ from pathlib import Path
 
 from starlm.version import __version__
 
-
 _ROOT = Path(__file__).parents[2]
 
 
