@@ -123,7 +123,7 @@ def fake_model(stand_in):
     asked = []
 
     class Model:
-        tokenizer = SimpleNamespace(encode=list)
+        tokenizer = SimpleNamespace(encode=list, fingerprint="a fingerprint")
         model = SimpleNamespace()
 
         def stream(self, prompt, **options):
@@ -210,6 +210,16 @@ def test_eval(command, fake_model, fake_data, stand_in):
         assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err
     assert calls[0]["max_tokens"] == 100
     assert "1.5000 bits per byte" in done.err
+
+
+def test_eval_on_data_of_another_tokenizer(command, fake_model, fake_data, stand_in):
+    """Its numbers would mean other tokens."""
+    stand_in("starlm.evaluate.bits_per_byte", evaluate=None)
+    fake_data.kind.meta = {"tokenizer": "another"}
+    Path("data").mkdir()
+    done = command("eval", "--model", "m", "--data", "data")
+    assert (done.code, done.out) == (2, ""), done.err
+    assert "data was prepared with another tokenizer than that of m" in done.err
 
 
 def test_eval_without_data(command, fake_model):
