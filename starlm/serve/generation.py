@@ -263,9 +263,10 @@ class EventStream(Response):
         except TimeoutError:
             # To a client that reads no longer even this may not get through.
             late = APIError(504, _late(self.timeout), code="timeout")
-            async with asyncio.timeout(1):
-                await write(json.dumps(late.body))
-                await send({"type": "http.response.body", "body": b""})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await write(json.dumps(late.body))
+                    await send({"type": "http.response.body", "body": b""})
         finally:
             scope["starlm.log"] = self.generation.close()
 

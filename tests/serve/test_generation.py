@@ -34,3 +34,25 @@ def test_an_event_is_one_line_for_every_client():
     chunks = [json.loads(event) for event in events[:-1]]
     assert events[-1] == "[DONE]"
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == said
+
+
+def test_a_client_that_reads_no_longer_is_no_bug():
+    """Not even that its time is up gets through to it: the request ends, without a traceback in the log."""
+
+    async def pieces():
+        await asyncio.Event().wait()
+        yield
+
+    async def main():
+        async def send(message):
+            if "body" in message:
+                await asyncio.Event().wait()
+
+        closed = []
+        generation = SimpleNamespace(pieces=pieces, close=lambda: closed.append(1))
+        reply = ChatReply("tiny", TOKENIZER, logprobs=False)
+        stream = EventStream(generation, reply, 1, include_usage=False, timeout=0.05)
+        await stream({}, asyncio.Event().wait, send)
+        assert closed == [1]
+
+    asyncio.run(main())
