@@ -78,7 +78,7 @@ def _svg(name: str, title: str, draw: Callable[..., bool], runs: Sequence[RunMet
         if len(runs) > 1:
             # By name: of itself matplotlib leaves out those that begin with an underscore.
             named = [line for line in axes.lines if line.get_label() in {run.name for run in runs}]
-            axes.legend(named, [line.get_label() for line in named])
+            axes.legend(named, [str(line.get_label()) for line in named])
         file = io.StringIO()
         save(figure, file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     return _inline(file.getvalue(), name, title)

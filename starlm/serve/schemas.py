@@ -35,7 +35,8 @@ Text = Annotated[str, Field(min_length=1, max_length=1000)]
 def _few(biases: Any) -> Any:
     # Before they are judged one by one, where the mistakes would add up.
     if isinstance(biases, dict) and len(biases) > _MOST_BIASES:
-        raise PydanticCustomError("value", f"at most {_MOST_BIASES} tokens", {"param": "logit_bias"})
+        limits = {"param": "logit_bias", "most": _MOST_BIASES}
+        raise PydanticCustomError("value", "at most {most} tokens", limits)
     return biases
 
 
