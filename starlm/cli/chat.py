@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from starlm.cli.console import Console, piped
+from starlm.cli.console import Console, piped, printable
 from starlm.cli.generate import PRESETS
 from starlm.cli.options import Verb
 from starlm.errors import InputError, StarLMError
@@ -111,7 +111,7 @@ class Session:
         from starlm.generate.engine import Engine
         from starlm.generate.sampling import Sampling
 
-        self.render, self.options = render, options
+        self.render, self.options, self.console = render, options, console
         # Each turn reads on where the one before ended.
         self.engine = Engine(speaker(model), slots=1, cache_bytes=CACHE_BYTES)
         self.out = RichConsole(file=console.human, highlight=False)
@@ -144,7 +144,7 @@ class Session:
         pieces = []
         for piece in self._answer():
             pieces.append(piece)
-            self.out.file.write(piece)
+            self.out.file.write(self.console.shown(piece))
             self.out.file.flush()
         self.out.file.write("\n")
         self._keep("".join(pieces))
@@ -215,7 +215,7 @@ class Session:
 
     def _respond(self, otherwise: "list[Message]") -> None:
         """Answer the last message; `otherwise` is the conversation if no answer comes."""
-        from starlm.cli.markdown import MarkdownStream, printable
+        from starlm.cli.markdown import MarkdownStream
 
         pieces: list[str] = []
         began = time.perf_counter()
@@ -366,8 +366,6 @@ class Session:
         self._note(f"{len(self.messages)} messages loaded from {path}")
 
     def _show_messages(self) -> None:
-        from starlm.cli.markdown import printable
-
         for message in self.messages:
             name = {"user": ">", "assistant": "", "system": "system:"}[message.role]
             style = "bold cyan" if message.role == "user" else None
@@ -376,7 +374,7 @@ class Session:
                 self.out.print()
 
     def _note(self, text: str) -> None:
-        self.out.print(text, style="dim", markup=False)
+        self.out.print(printable(text), style="dim", markup=False)
 
     def _complain(self, text: str) -> None:
         self.out.print(f"error: {text}", style="red", markup=False)

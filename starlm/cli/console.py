@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +15,12 @@ from starlm.errors import InputError
 Record = dict[str, Any]
 # Plain progress: a line when this share of the work or this time has passed.
 SHARE, SECONDS = 0.05, 10.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters but tabs and line ends spelt out: none may steer the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class Console:
@@ -27,6 +34,10 @@ class Console:
     def human(self) -> TextIO:
         """The stream for people."""
         return sys.stderr if self.json else sys.stdout
+
+    def shown(self, text: str) -> str:
+        """A text of a model or a file as `human` takes it: `printable` on a terminal, elsewhere as it is."""
+        return printable(text) if self.human.isatty() else text
 
     def say(self, text: str = "") -> None:
         """Print a line for people."""
@@ -188,7 +199,7 @@ class _Training(ABC):
         )
 
     def on_sample(self, record: Record) -> None:
-        text = (record["prompt"] + record["text"]).rstrip()
+        text = printable(record["prompt"] + record["text"]).rstrip()
         self.line(f"step {record['step']:,}: sample")
         self.line("\n".join(f"    | {line}" for line in text.splitlines()))
 

@@ -76,6 +76,11 @@ def _bits_per_byte(options: EvalOptions, console: Console) -> dict[str, Any]:
 
     model = load(options.model, device=options.device)
     data = TokenData.open(folder)
+    if data.meta["tokenizer"] != model.tokenizer.fingerprint:
+        raise InputError(
+            f"{folder} was prepared with another tokenizer than that of {options.model}: its tokens would "
+            f"mean other texts. Prepare it again with --tokenizer {options.model}, in another folder."
+        )
     began = time.perf_counter()
     with console.progress() as progress:
         result = evaluate(

@@ -70,10 +70,10 @@ def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
     stream = model.stream(prompt, max_tokens=options.max_tokens, **chosen)
     if out.isatty():
-        out.write(f"\x1b[1m{prompt}\x1b[0m")
+        out.write(f"\x1b[1m{console.shown(prompt)}\x1b[0m")
     for piece in stream:
         pieces.append(piece)
-        out.write(piece)
+        out.write(console.shown(piece))
         out.flush()
     seconds = time.perf_counter() - began
     out.write("\n")

@@ -1,6 +1,5 @@
 """Markdown on a terminal while it is being written."""
 
-import re
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -8,12 +7,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters but tabs and line ends spelt out: none may steer the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+from starlm.cli.console import printable
 
 
 class MarkdownStream:
@@ -59,8 +53,8 @@ def finished(text: str) -> int:
     blocks = [token.map[0] for token in Markdown(text).parsed if token.map and token.level == 0]
     if len(blocks) < 2:
         return 0
-    lines = text.splitlines(keepends=True)
-    return sum(len(line) for line in lines[: blocks[-1]])
+    # Not splitlines, which knows more line ends than Markdown does.
+    return sum(len(line) + 1 for line in text.split("\n")[: blocks[-1]])
 
 
 class _Block:

@@ -5,6 +5,7 @@ print(model.generate("def "))
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,9 @@ class TextModel:
             )
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset([tokenizer.bos] if stop_ids is None else stop_ids)
+        # A walk through a large vocabulary takes as long as a token, and every answer after a blank asks.
+        self._fitting = lru_cache(maxsize=64)(partial(_fitting, tokenizer))
+        self._longest = int(tokenizer.byte_lengths().max())
 
     @property
     def config(self) -> StarLMConfig:
@@ -64,8 +68,7 @@ class TextModel:
 
     def fitting(self, begin: bytes) -> Bool[Tensor, " V"]:
         """Tokens with which a text that begins with `begin` can begin."""
-        pieces = map(self.tokenizer.token_bytes, range(self.tokenizer.vocab_size))
-        return torch.tensor([bool(p) and (p.startswith(begin) or begin.startswith(p)) for p in pieces])
+        return self._fitting(begin[: self._longest])
 
     def generate(
         self, prompt: str, *, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling
@@ -107,6 +110,11 @@ class TextModel:
         """
         engine = Engine(self, slots=1, prefill_chunk=CHUNK, cache_bytes=0)
         return (piece.text for piece in engine.submit(request))
+
+
+def _fitting(tokenizer: Tokenizer, begin: bytes) -> Tensor:
+    pieces = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    return torch.tensor([bool(p) and (p.startswith(begin) or begin.startswith(p)) for p in pieces])
 
 
 def load(path: str | Path, *, device: str = "auto") -> TextModel:

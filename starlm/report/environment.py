@@ -8,11 +8,13 @@ from pathlib import Path
 
 from starlm.version import __version__
 
+_ROOT = Path(__file__).parents[2]
+
 
 def environment() -> list[tuple[str, str]]:
     """Software and machine that write the report."""
     rows = [
-        ("StarLM", " ".join(filter(None, (__version__, _commit())))),
+        ("StarLM", " ".join(filter(None, (__version__, commit(_ROOT))))),
         ("Python", platform.python_version()),
     ]
     for name in ("torch", "numba", "numpy"):
@@ -33,12 +35,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """The commit of StarLM's checkout, if it is one."""
+def commit(root: Path) -> str:
+    """The commit of the checkout that has this folder at its top; empty if it is none."""
+    # git would take the next repository above, such as that of a project with its packages in it.
+    if not (root / ".git").exists():
+        return ""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
+            cwd=root,
             capture_output=True,
             text=True,
             timeout=5,

@@ -3,8 +3,9 @@
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -16,13 +17,15 @@ from starlm.report.metrics import RunMetrics, smooth
 # viewer without the page's style sheet shows.
 _INK, _GRID = "#010101", "#020202"
 _SERIES = ["#030301", "#030302", "#030303", "#030304", "#030305", "#030306"]
-_FALLBACK = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2"]
+COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2"]
 _VARIABLES = {
     _INK: "var(--ink,#777)",
     _GRID: "var(--line,#8884)",
-    **{color: f"var(--series-{number},{_FALLBACK[number]})" for number, color in enumerate(_SERIES)},
+    **{color: f"var(--series-{number},{COLORS[number]})" for number, color in enumerate(_SERIES)},
 }
 _STYLE: dict[str, Any] = {
+    # Names have dollars, too.
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -73,10 +76,23 @@ def _svg(name: str, title: str, draw: Callable[..., bool], runs: Sequence[RunMet
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.02)
         if len(runs) > 1:
-            axes.legend()
+            # By name: of itself matplotlib leaves out those that begin with an underscore.
+            named = [line for line in axes.lines if line.get_label() in {run.name for run in runs}]
+            axes.legend(named, [str(line.get_label()) for line in named])
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+        save(figure, file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     return _inline(file.getvalue(), name, title)
+
+
+def save(figure: Figure, file: IO, **options: Any) -> None:
+    """Write a figure to `file`; what letters the font lacks is no news to who reads it.
+
+    Args:
+        options: of matplotlib's `savefig`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, **options)
 
 
 def _inline(svg: str, name: str, title: str) -> str:

@@ -13,8 +13,8 @@ from matplotlib.path import Path as Curve
 
 from starlm.files import readable_os_errors, write_whole
 from starlm.report.inspect import kinds_of, series, short
+from starlm.report.plots import COLORS, save
 
-COLORS = ["#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2"]
 INK, LINE = "#666d7a", "#e3e6eb"
 # Characters of text that the picture is wide, and tokens on each side of a row that is read.
 WIDTH, AROUND = 132, 2
@@ -49,7 +49,9 @@ def _write(data: Mapping[str, Any], out: Path, token: int | None) -> Path:
     kinds = kinds_of(data["groups"])
     layers = sum(layer == "deformer" for layer in data["layers"])
     top = [] if token is None else [3]
-    with mpl.rc_context({"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": LINE}):
+    # Tokens have dollars, too.
+    style: Any = {"text.parse_math": False, "axes.edgecolor": LINE}
+    with mpl.rc_context({"font.family": "sans-serif", "font.size": 9, **style}):
         size = (12, sum(top) * 1.25 + 0.15 + 0.95 * layers)
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         rows = [*top, *[0.8] * layers]
@@ -58,7 +60,7 @@ def _write(data: Mapping[str, Any], out: Path, token: int | None) -> Path:
             _arcs(figure.add_subplot(grid[0, :]), data, kinds, token)
         _histograms(figure, grid, data, kinds, first_row=len(top))
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        save(figure, file, format="png", dpi=150, metadata={"Software": None})
     with readable_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, file.getvalue())

@@ -78,7 +78,8 @@ def create_app(options: ServeOptions, models: Models) -> ASGIApp:
             gate,
             allow_origins=options.cors_origin,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            # OpenAI's own client sends some that say what it is.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     return gate
@@ -118,10 +119,12 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         """Continue a text."""
         served = models[body.model]
         prompts = await asyncio.to_thread(lambda: [_prompt(p, served) for p in body.prompts])
-        max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        generation = Generation(served, metrics, body, logprobs=body.logprobs, max_tokens=max_tokens)
+        generation = Generation(served, metrics, body, logprobs=body.logprobs, max_tokens=16)
         generation.submit(prompts)
-        reply = CompletionReply(served.name, served.tokenizer, logprobs=body.logprobs is not None)
+        begins = [len(p.begin.decode()) for p in prompts for _ in range(body.n)]
+        reply = CompletionReply(
+            served.name, served.tokenizer, logprobs=body.logprobs is not None, begins=begins
+        )
         return await _reply(request, body, generation, reply, len(prompts) * body.n)
 
     @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=_EVENTS | _ERRORS)
@@ -129,9 +132,8 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         """Say the assistant's next message."""
         served = models[body.model]
         prompt = await asyncio.to_thread(served.chat.prompt, body.messages)
-        max_tokens = body.max_completion_tokens or body.max_tokens or options.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        generation = Generation(served, metrics, body, logprobs=logprobs, max_tokens=max_tokens)
+        generation = Generation(served, metrics, body, logprobs=logprobs, max_tokens=options.max_tokens)
         generation.submit([prompt])
         reply = ChatReply(served.name, served.tokenizer, logprobs=body.logprobs)
         return await _reply(request, body, generation, reply, body.n)
@@ -158,7 +160,7 @@ def _add_reads(app: FastAPI, models: Models) -> None:
     )
     async def where_it_reads(body: schemas.ReadsRequest) -> Response:
         """Which tokens every head reads for each token of a text."""
-        return JSONResponse(await asyncio.to_thread(reader.read, models[body.model], body))
+        return await reader.read(models[body.model], body)
 
 
 def _prompt(prompt: str | list[int], served: Served) -> Prompt:
@@ -220,8 +222,8 @@ def _explain(errors: Any) -> APIError:
         return bad_request(
             f"{named} is not supported by this server. Leave it out.", named, code="unsupported_parameter"
         )
-    if first["type"] == "extra_forbidden":
-        return bad_request(f"There is no field {path[-1][:100]!r}. See /docs.", path[-1][:100])
+    if first["type"] == "unknown":
+        return bad_request(f"There is no field {named!r}. See /docs.", named)
     param = named or path[0]
     # The alternatives of a union are errors of their own.
     rules = {e["msg"] for e in errors if param in (e.get("ctx", {}).get("param"), *map(str, e["loc"][1:2]))}

@@ -54,8 +54,10 @@ class ServeOptions:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
         require(0 <= self.port < 65536, "between 0 and 65535", "port")
-        require(self.api_key is None or self.api_key.isascii(), "ASCII text", "api_key")
-        require(self.api_key is None or len(self.api_key) > 0, "not empty", "api_key")
+        # A header carries nothing else, and loses blanks at its ends.
+        key = self.api_key
+        fits = key is None or re.fullmatch("[!-~]([ -~]*[!-~])?", key) is not None
+        require(fits, "printable ASCII that neither begins nor ends with a blank", "api_key")
         require(self.slots >= 1, "at least 1", "slots")
         require(self.queue >= 1, "at least 1", "queue")
         require(self.max_context is None or self.max_context >= 2, "at least 2", "max_context")

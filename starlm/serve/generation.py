@@ -47,7 +47,7 @@ class Generation:
         metrics: what is counted.
         body: the request.
         logprobs: likeliest tokens to report beside each; None reports none.
-        max_tokens: of each answer.
+        max_tokens: of each answer, where the request does not say; fewer where `max_context` has not so many.
         """
         self._served, self._metrics, self._body = served, metrics, body
         self._logprobs, self._max_tokens = logprobs, max_tokens
@@ -67,7 +67,7 @@ class Generation:
             for prompt in prompts:
                 request = Request(
                     tokens=prompt.tokens,
-                    max_tokens=self._max_tokens,
+                    max_tokens=self._length(prompt),
                     sampling=sampling,
                     n=self._body.n,
                     stop=self._body.stops,
@@ -84,6 +84,14 @@ class Generation:
         except StarLMError:
             self.cancel()
             raise _stopping() from None
+
+    def _length(self, prompt: Prompt) -> int:
+        """Tokens of an answer at most. A length that nobody asked for is no reason to refuse."""
+        if self._body.length is not None:
+            return self._body.length
+        if self._served.max_context is None:
+            return self._max_tokens
+        return max(min(self._max_tokens, self._served.max_context - len(prompt.tokens)), 1)
 
     def _deliver(self, number: int) -> Callable[[Piece], None]:
         """A callback for the engine's thread: it hands the pieces of a stream over to this one."""
@@ -237,7 +245,8 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in self._events():
-                    await write(json.dumps(event, ensure_ascii=False))
+                    # In ASCII: some clients end lines also where Unicode does.
+                    await write(json.dumps(event))
                 await write("[DONE]")
             except APIError as error:
                 await write(json.dumps(error.body))
@@ -254,9 +263,10 @@ class EventStream(Response):
         except TimeoutError:
             # To a client that reads no longer even this may not get through.
             late = APIError(504, _late(self.timeout), code="timeout")
-            async with asyncio.timeout(1):
-                await write(json.dumps(late.body))
-                await send({"type": "http.response.body", "body": b""})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await write(json.dumps(late.body))
+                    await send({"type": "http.response.body", "body": b""})
         finally:
             scope["starlm.log"] = self.generation.close()
 

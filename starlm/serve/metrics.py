@@ -62,7 +62,7 @@ class _Gauges(Collector):
 
     def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily("starlm_requests_running", "Sequences in a slot.", labels=["model"])
-        waiting = GaugeMetricFamily("starlm_requests_waiting", "Sequences in the queue.", labels=["model"])
+        waiting = GaugeMetricFamily("starlm_requests_waiting", "Requests in the queue.", labels=["model"])
         for name, engine in self._engines().items():
             stats = engine.stats()
             running.add_metric([name], stats.running)

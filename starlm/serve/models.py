@@ -70,7 +70,7 @@ class Models:
     @property
     def engines(self) -> Mapping[str, Engine]:
         """Those that run."""
-        return {name: served.engine for name, served in self._served.items()}
+        return {served.name: served.engine for served in self.served}
 
     @property
     def served(self) -> list[Served]:

@@ -1,9 +1,9 @@
 """Where a served model reads for a text: what the chat's arcs show."""
 
-import threading
-from typing import Any
+import asyncio
 
 import torch
+from fastapi.responses import JSONResponse
 
 from starlm.evaluate.reads import reads
 from starlm.model.model import StarLM
@@ -19,15 +19,20 @@ class Reader:
     """Tells reads one request at a time, beside the engines and not through them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._turn = asyncio.Lock()
         self._twins: dict[str, StarLM] = {}
 
-    def read(self, served: Served, body: ReadsRequest) -> dict[str, Any]:
+    async def read(self, served: Served, body: ReadsRequest) -> JSONResponse:
         """The answer of /v1/starlm/reads.
 
         Raises:
             APIError: too long, or no tokens of this model.
         """
+        # Who waits for his turn must not hold a thread: prompts are tokenized on them.
+        async with self._turn:
+            return await asyncio.to_thread(self._read, served, body)
+
+    def _read(self, served: Served, body: ReadsRequest) -> JSONResponse:
         tokens, begin = self._tokens(served, body)
         vocab = served.tokenizer.vocab_size
         if not 0 < len(tokens) <= MOST or max(tokens) >= vocab:
@@ -37,9 +42,8 @@ class Reader:
             )
         if begin >= len(tokens):
             raise bad_request(f"begin must be below the {len(tokens)} tokens; got {begin}.", "begin")
-        with self._lock:
-            found = reads(self._twin(served), tokens, begin=begin, end=begin + TOLD)
-        return {
+        found = reads(self._twin(served), tokens, begin=begin, end=begin + TOLD)
+        answer = {
             "model": served.name,
             "tokens": [
                 {"id": number, "text": served.tokenizer.decode([number], skip_special=False)}
@@ -53,6 +57,7 @@ class Reader:
                 for h in found.heads
             ],
         }
+        return JSONResponse(answer)
 
     def _tokens(self, served: Served, body: ReadsRequest) -> tuple[list[int], int]:
         """The tokens, and the first of those that are told."""

@@ -113,10 +113,15 @@ class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
-        """See `Reply`."""
+    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, begins: Sequence[int]) -> None:
+        """See `Reply`.
+
+        Args:
+            begins: for each choice the characters that its tokens begin with and its text leaves out.
+        """
         super().__init__(model, tokenizer, logprobs=logprobs)
-        self._spoken: dict[int, tuple[TextStream, int]] = {}
+        # The text of each choice's tokens so far, and how far it has come.
+        self._spoken: list[tuple[TextStream, int]] = [(tokenizer.stream(), -begin) for begin in begins]
 
     def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """One chunk, if there is anything to say."""
@@ -136,12 +141,14 @@ class CompletionReply(Reply):
         if not self._logprobs:
             return None
         texts, offsets = [self._text(t.id) for t in tokens], []
-        stream, length = self._spoken.get(index, (self._tokenizer.stream(), 0))
+        stream, length = self._spoken[index]
         for token in tokens:
-            offsets.append(length)
+            offsets.append(max(length, 0))
             length += len(stream.push(token.id))
         self._spoken[index] = stream, length
-        tops = [{self._text(number): _finite(logprob) for number, logprob in t.alternatives} for t in tokens]
+        # The token taken is always among them.
+        told = [(*t.alternatives, (t.id, t.logprob)) if t.alternatives else () for t in tokens]
+        tops = [{self._text(number): _finite(logprob) for number, logprob in pairs} for pairs in told]
         return {
             "tokens": texts,
             "token_logprobs": [_finite(t.logprob) for t in tokens],

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 # Fields of OpenAI's API that mean something this server cannot do, and the values at which they mean nothing.
@@ -25,8 +25,26 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+_MOST_BIASES = 1024
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+# Of what a list has wrong only the first is told: the records of a million mistakes would fill the memory.
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _few(biases: Any) -> Any:
+    # Before they are judged one by one, where the mistakes would add up.
+    if isinstance(biases, dict) and len(biases) > _MOST_BIASES:
+        limits = {"param": "logit_bias", "most": _MOST_BIASES}
+        raise PydanticCustomError("value", "at most {most} tokens", limits)
+    return biases
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MOST_BIASES),
+    BeforeValidator(_few),
+]
 
 
 class Documented(BaseModel):
@@ -45,12 +63,18 @@ class Strict(BaseModel):
     def _without_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {name: value for name, value in values.items() if value is not None}
-        for name in kept.keys() & (_UNSUPPORTED.keys() - cls.model_fields.keys()):
+        kept = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in _UNSUPPORTED:
+                # Half of a surrogate pair cannot be told.
+                told = name[:100].encode("utf-8", "backslashreplace").decode()
+                raise PydanticCustomError("unknown", "unknown", {"param": told})
             # 0 == False, and True == 1, which are other values in JSON.
-            if any(type(kept[name]) is type(same) and kept[name] == same for same in _UNSUPPORTED[name]):
-                del kept[name]
-            else:
+            elif not any(type(value) is type(same) and value == same for same in _UNSUPPORTED[name]):
                 raise PydanticCustomError("unsupported", "unsupported", {"param": name})
         return kept
 
@@ -87,11 +111,11 @@ class GenerationRequest(Strict):
     """Taken from the logits of tokens that the answer has already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """The same, times how often it has them."""
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    logit_bias: Biases = Field({})
     """Added to the logits of these tokens, by id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Same seed, same answer."""
-    stop: Text | Annotated[list[Text], Field(max_length=16)] = Field([])
+    stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] = Field([])
     """The answer ends before the first of these."""
     stream: bool = False
     """Server-sent events as the text comes."""
@@ -110,6 +134,11 @@ class GenerationRequest(Strict):
         return self
 
     @property
+    def length(self) -> int | None:
+        """Tokens of an answer at most, if the request says."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -125,9 +154,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         Annotated[str, Field(max_length=10_000_000)]
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        | Annotated[list[str], Field(min_length=1, max_length=128, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     """Text, token ids, or several of either."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -151,7 +180,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -162,7 +191,7 @@ class Message(Strict):
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """The newer name of max_tokens."""
@@ -170,6 +199,11 @@ class ChatRequest(GenerationRequest):
     """Log-probabilities of the tokens taken."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """And of this many likeliest ones; needs logprobs."""
+
+    @property
+    def length(self) -> int | None:
+        """By either name."""
+        return self.max_completion_tokens or self.max_tokens
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "ChatRequest":
@@ -188,9 +222,9 @@ class ReadsRequest(Strict):
     """Name as in /v1/models."""
     text: str | None = None
     """A document that begins so."""
-    tokens: Annotated[list[Token], Field(min_length=1)] | None = None
+    tokens: Tokens | None = None
     """The same as token ids."""
-    messages: Annotated[list[Message], Field(min_length=2, max_length=10_000)] | None = None
+    messages: Annotated[list[Message], Field(min_length=2, max_length=10_000, fail_fast=True)] | None = None
     """A conversation; the last message is the assistant's."""
     begin: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """First token whose reads are told; default 0, or where the assistant's message begins."""
@@ -361,4 +395,4 @@ class ErrorBody(Documented):
 class Health(Documented):
     """State of the server."""
 
-    status: Literal["ok", "loading", "stopping"]
+    status: Literal["ok", "loading"]

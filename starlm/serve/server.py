@@ -93,12 +93,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         # Whoever connects from now on waits until the server runs.
         listener.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         if listener is not None:
             listener.close()
         raise InputError(
-            f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another with --port; --port 0 "
-            f"takes a free one."
+            f"Cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}. Choose "
+            f"another with --port; --port 0 takes a free one."
         ) from None
     return listener
 

@@ -127,6 +127,7 @@ def fake_data(stand_in):
 
     class TokenData:
         verified = 0
+        meta = {"tokenizer": "a fingerprint"}  # noqa: RUF012
 
         def __init__(self):
             self.splits = {"train": split, "validation": split}

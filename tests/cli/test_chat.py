@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from runs import write_model_folder
 
+from starlm.cli.console import printable
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: {{ m.content }}<|user_end|>
 {%- endfor %}<|assistant_start|>"""
@@ -220,6 +222,17 @@ def test_one_message_through_a_pipe(command, monkeypatch, base):
     found = talk(command, monkeypatch, "def f(x):\n", *options, "--json").json
     assert [m["content"] for m in found["messages"]] == ["def f(x):\n", done.out[:-1]]
     assert found["tokens"] > 0
+
+
+def test_one_message_through_a_pipe_to_a_terminal(command, monkeypatch, base):
+    """What was said stays what it is, and steers no terminal."""
+    words = ("--model", base, "--max-tokens", 60, "--seed", 4, "--temperature", 9, "--save", "talk.json")
+    with monkeypatch.context() as change:
+        change.setattr(sys.stdout, "isatty", lambda: True)
+        done = talk(command, change, "def", *words)
+    said = messages(Path("talk.json"))[1][1]
+    assert printable(said) != said
+    assert done.out == printable(said) + "\n"
 
 
 def test_a_pipe_to_a_chat_model(command, monkeypatch, tuned):

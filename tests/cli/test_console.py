@@ -98,6 +98,16 @@ def test_bar_on_a_terminal(monkeypatch, training_records):
     assert "return [b]<x>" in screen
 
 
+def test_samples_steer_no_terminal(monkeypatch):
+    sample = {"kind": "sample", "step": 1, "prompt": "a", "text": "\x1b]0;title\x07\n\x85b"}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        with Console().training() as on_record:
+            on_record(sample)
+        assert "\x1b]0;" not in stream.getvalue()
+        assert "    | a\\x1b]0;title\\x07\n    | \\x85b" in stream.getvalue()
+
+
 def test_json_is_the_last_line_of_stdout_and_people_read_stderr(capsys):
     console = Console(json=True)
     console.say("hello")

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from starlm.cli.markdown import MarkdownStream, finished, printable
+from starlm.cli.console import printable
+from starlm.cli.markdown import MarkdownStream, finished
 
 TEXT = """# Title
 
@@ -66,6 +67,8 @@ def test_blocks_are_printed_whole_and_once(size):
         ("one\n\ntwo", "one\n\n"),
         ("```\na\n\nb", ""),
         ("a\n\n- b\n\n  c", "a\n\n"),
+        # Markdown's lines end at line ends only.
+        ("```\na\u2028b\u2028c\n```\n\nd", "```\na\u2028b\u2028c\n```\n\n"),
     ],
 )
 def test_finished(text, done):

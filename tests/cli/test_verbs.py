@@ -128,7 +128,7 @@ def fake_model(stand_in):
     asked = []
 
     class Model:
-        tokenizer = SimpleNamespace(encode=list)
+        tokenizer = SimpleNamespace(encode=list, fingerprint="a fingerprint")
         model = SimpleNamespace()
 
         def stream(self, prompt, **options):
@@ -152,6 +152,15 @@ def test_generate(command, fake_model):
     assert (done.code, done.out, done.err) == (0, "ab!\n", "")
     prompt, options = fake_model[0]
     assert (prompt, options["top_k"], options["stop"], options["max_tokens"]) == ("ab", 3, ("\n",), 9)
+
+
+def test_generate_on_a_terminal(command, fake_model, monkeypatch):
+    """The prompt in bold; no text may steer the terminal, and elsewhere it stays what it is."""
+    words = ("generate", "--model", "m", "--prompt", "a\x1b[2J\n")
+    assert command(*words).out == "a\x1b[2J\n!\n"
+    with monkeypatch.context() as change:
+        change.setattr(sys.stdout, "isatty", lambda: True)
+        assert command(*words).out == "\x1b[1ma\\x1b[2J\n\x1b[0ma\\x1b[2J\n!\n"
 
 
 def test_generate_json(command, fake_model):
@@ -206,6 +215,16 @@ def test_eval(command, fake_model, fake_data, stand_in):
         assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err
     assert calls[0]["max_tokens"] == 100
     assert "1.5000 bits per byte" in done.err
+
+
+def test_eval_on_data_of_another_tokenizer(command, fake_model, fake_data, stand_in):
+    """Its numbers would mean other tokens."""
+    stand_in("starlm.evaluate.bits_per_byte", evaluate=None)
+    fake_data.kind.meta = {"tokenizer": "another"}
+    Path("data").mkdir()
+    done = command("eval", "--model", "m", "--data", "data")
+    assert (done.code, done.out) == (2, ""), done.err
+    assert "data was prepared with another tokenizer than that of m" in done.err
 
 
 def test_eval_without_data(command, fake_model):

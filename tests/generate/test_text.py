@@ -171,5 +171,18 @@ def test_blanks_at_the_end_of_a_prompt_belong_to_the_next_token(blanks):
         asked.append(number)
 
 
+@pytest.mark.parametrize(
+    "begin", [b" ", b"    ", b" \t", b"x", "é".encode(), b" " * 500, b"def" + b" " * 500]
+)
+def test_what_fits(begin):
+    """By its definition; looked up, not computed for each of n answers nor each length of a blank."""
+    model = make("gated")
+    pieces = map(TOKENIZER.token_bytes, range(TOKENIZER.vocab_size))
+    wanted = [bool(p) and (p.startswith(begin) or begin.startswith(p)) for p in pieces]
+    assert model.fitting(begin).tolist() == wanted
+    assert model.fitting(begin) is model.fitting(begin)
+    assert len(begin) < 500 or model.fitting(begin) is model.fitting(begin[:-1])
+
+
 def test_a_prompt_of_blanks_only():
     assert isinstance(make("gated").generate("   ", max_tokens=5, temperature=0), str)

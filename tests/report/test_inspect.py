@@ -1,5 +1,6 @@
 """The page and the picture of a text's reads."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -120,6 +121,13 @@ def test_picture(tmp_path):
         data(layers=("attention",), groups=[], heads=[], bins=()), tmp_path / "b.png", token=11
     )
     assert imread(small).shape[0] < pixels.shape[0]
+
+
+def test_any_text_can_be_drawn(tmp_path):
+    """Neither a formula, nor a reason for warnings of letters that the font lacks."""
+    some = data() | {"title": "a$\\x$"}
+    some["texts"] = dict(zip(some["texts"], itertools.cycle(["$$", "$\\x$", "语", "🙂"])))
+    assert imread(write_picture(some, tmp_path / "a.png", token=11)).std() > 0.05
 
 
 def test_gather():

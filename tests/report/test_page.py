@@ -166,3 +166,11 @@ def test_reports_load_no_torch(tmp_path, write_run):
         "write_report([Path(sys.argv[1])]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$x$", "a$\\x$", "$$", "<b>&", "语言"])
+def test_any_name_of_a_run_is_in_the_legends(tmp_path, write_run, name):
+    """As it is: neither hidden, nor a formula, nor markup; and a font that lacks a letter says nothing."""
+    text = write_report([write_run(tmp_path / name), write_run(tmp_path / "other")]).read_text()
+    plots = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
+    assert [Page(plot).text.count(name) for plot in plots] == [1, 1, 1]

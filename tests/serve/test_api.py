@@ -163,12 +163,31 @@ def test_completion_logprobs_are_the_models(client, run):
         assert token == (spoken.decode() if spoken.isascii() else "bytes:" + repr(spoken)[2:-1])
         assert logprob == pytest.approx(float(chances.max()), abs=1e-4)
         assert len(top) <= 2
+        assert token in top
         assert max(top.values()) == pytest.approx(logprob)
     text = TOKENIZER.decode(ids[2:])
     assert lists.text_offset[0] == 0
     for offset, token in zip(lists.text_offset, lists.tokens, strict=True):
         # Bytes that turned out to be no character come first.
         assert token.startswith("bytes:") or text[offset:].lstrip("\ufffd").startswith(token)
+
+
+def test_completion_logprobs_of_draws(client):
+    """The token that was drawn is among the alternatives, as OpenAI has it; blanks asked for are no text."""
+    spoken = map(TOKENIZER.token_bytes, range(TOKENIZER.vocab_size))
+    plain = {str(number): -100 for number, piece in enumerate(spoken) if not piece or not piece.isascii()}
+    options = {"max_tokens": 12, "temperature": 2, "logprobs": 2, "seed": 3, "logit_bias": plain}
+    choices = client.completions.create(model="tiny", prompt=["def", "def   "], n=2, **options).choices
+    for choice, blanks in zip(choices, (0, 0, 3, 3), strict=True):
+        lists = choice.logprobs
+        at = 0
+        for place, token, logprob, top in zip(*(lists.text_offset, lists.tokens, lists.token_logprobs),
+                                              lists.top_logprobs, strict=True):  # fmt: skip
+            assert top[token] == logprob
+            assert 2 <= len(top) <= 3
+            assert place == max(at - blanks, 0)
+            at += len(token)
+        assert choice.text == "".join(lists.tokens)[blanks:]
 
 
 def test_several_prompts_and_token_ids(client):

@@ -142,6 +142,36 @@ def test_edit_and_resend(page):
     assert len(texts(page)) == 2
 
 
+def test_edit_before_anything_came(page):
+    """The answer that is given up takes nothing of the new one with it."""
+    send(page, "before")
+    done(page)
+    held = []
+    page.route("**/v1/chat/completions", lambda r: r.continue_() if held else held.append(r))
+    send(page, "first")
+    expect(page.locator(".busy")).to_have_count(1)
+    page.get_by_role("button", name="Edit").nth(1).click()
+    page.locator(".edit textarea").fill("changed")
+    page.get_by_role("button", name="Send again").click()
+    done(page)
+    assert len(texts(page)) == 4
+    assert texts(page)[2] == "changed" != texts(page)[3]
+    assert page.evaluate("current.messages.map((m) => m.role)") == ["user", "assistant"] * 2
+
+
+def test_reads_of_a_conversation_that_was_left(page):
+    send(page, "def")
+    done(page)
+    held = []
+    page.route("**/v1/starlm/reads", lambda r: held.append(r))
+    page.get_by_role("button", name="Where it reads").click()
+    page.get_by_role("button", name="New chat").click()
+    with page.expect_response("**/v1/starlm/reads"):
+        held[0].continue_()
+    page.wait_for_timeout(300)
+    expect(page.get_by_role("region", name="Where it reads")).to_be_hidden()
+
+
 def test_regenerate(page):
     page.evaluate("settings.seed = ''")
     send(page, "def")

@@ -114,6 +114,9 @@ def test_other_origins(limited, server):
     ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     asked = limited.ask("OPTIONS", "/v1/completions", headers=ask)
     assert (asked.status, asked.headers["Access-Control-Allow-Origin"]) == (200, "https://example.org")
+    # OpenAI's client for browsers sends headers of its own.
+    more = ask | {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+    assert limited.ask("OPTIONS", "/v1/completions", headers=more).status == 200
     # Errors can be read by the page, too.
     assert limited.get("/v1/models", headers=ask).headers["Access-Control-Allow-Origin"]
     evil = ask | {"Origin": "https://evil.org"}
@@ -130,6 +133,20 @@ def test_limits(limited):
     assert "more than the 60000 allowed" in answer.body["error"]["message"]
     assert limited.post("/v1/completions", {**LONG, "prompt": "a" * 6000}, headers=KEY).status == 413
     assert limited.post("/v1/completions", {**LONG, "n": 2}, headers=KEY).status == 400
+
+
+def test_an_answer_whose_length_nobody_named_fits(serve, run):
+    server = serve("--model", run, "--max-context", "50").ready()
+    for length, left in ((10, 39), (48, 1)):
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "x" * length}], **ENDLESS}
+        assert server.post("/v1/chat/completions", chat).body["usage"]["completion_tokens"] == left
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert server.post("/v1/chat/completions", {**chat, name: 2}).status == 400
+    chat["messages"][0]["content"] = "x" * 49
+    answer = server.post("/v1/chat/completions", chat)
+    assert (answer.status, "more than the 50 allowed" in answer.body["error"]["message"]) == (400, True)
+    prompts = {"model": "tiny", "prompt": ["x", "x" * 45], **ENDLESS}
+    assert server.post("/v1/completions", prompts).body["usage"]["completion_tokens"] == 16 + 4
 
 
 @pytest.mark.slow
@@ -287,9 +304,13 @@ def test_sigterm_under_load(serve, run):
         (["--model", "run", "--model", "run"], "Two models are called 'run'. Name them: --model NAME=run."),
         (["--model", "a b=run"], "letters, digits"),
         (["--model", "run", "--host", "0.0.0.0"], "so it needs --api-key KEY"),
+        (["--model", "run", "--api-key", ""], "api_key must be printable ASCII"),
+        (["--model", "run", "--api-key", "k "], "api_key must be printable ASCII"),
+        (["--model", "run", "--api-key", "é"], "api_key must be printable ASCII"),
         (["--model", "run", "--port", "70000"], "port must be between 0 and 65535; got 70000."),
         (["--model", "run", "--port", "TAKEN"], "Choose another with --port"),
         (["--model", "run", "--host", "no.such.host.invalid", "--api-key", "k"], "Cannot listen on no.such"),
+        (["--model", "run", "--host", "..", "--api-key", "k"], "Cannot listen on .., port 0: "),
         (["--model", "run", "--cors-origin", "example.org"], "cors_origin must be scheme://host"),
         (["--model", "broken"], "The chat template is not valid Jinja"),
     ],
