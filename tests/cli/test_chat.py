@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from runs import write_model_folder
 
+from starlm.cli.chat import HELP
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: {{ m.content }}<|user_end|>
 {%- endfor %}<|assistant_start|>"""
@@ -175,6 +177,10 @@ def test_a_base_model(terminal, base, tmp_path):
     chat.until("Alt+Enter")
     assert chat.leave() == 0
     assert "Traceback" not in chat.shown
+
+
+def test_the_help_fits_a_terminal_of_80_columns():
+    assert max(map(len, HELP.splitlines())) < 80
 
 
 def test_ctrl_c_keeps_what_came(terminal, tuned, tmp_path):
