@@ -48,9 +48,10 @@ def run(options: DoctorOptions, console: Console) -> dict[str, Any]:
         except Exception as error:
             # A broken installation is what this verb is for, so it must survive one.
             name = look.__name__.strip("_")
-            problem = (
-                f"{type(error).__name__}: {error}. Install StarLM again: pip install --force-reinstall starlm"
-            )
+            cure = "Install StarLM again: pip install --force-reinstall starlm"
+            if name == "disk":
+                cure = "Name a folder that is there with --folder"
+            problem = f"{type(error).__name__}: {error}. {cure}"
             findings.append(Finding(name=name, value="failed", problem=problem))
     console.table([(finding.name, finding.value) for finding in findings])
     problems = [finding for finding in findings if finding.problem]
