@@ -202,7 +202,13 @@ def test_the_cure_for_a_damaged_checkpoint_works(home, refused, capsys):
 def test_a_model_that_is_not_there(home, refused, verb):
     (home / "hollow").mkdir()
     prompt = ["--prompt", "a"] if verb == "generate" else ["--data", "data"]
-    refused(verb, "--model", "nowhere", *prompt, parts=["no model at nowhere", "Give a run folder"])
+    refused(
+        verb,
+        "--model",
+        "nowhere",
+        *prompt,
+        parts=["no model at nowhere", "Give a run folder", "starlm demo makes one"],
+    )
     refused(verb, "--model", "hollow", *prompt, parts=["hollow holds no checkpoint", "starlm train"])
 
 

@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from starlm.generate.chat import Message, Render
     from starlm.generate.text import TextModel
 
+# Lines of at most 76 characters: a terminal of 80 breaks longer ones anywhere.
 HELP = """\
-/clear               begin a new conversation; the system message stays
-/system [TEXT]       show or set what the model is told first; /system - takes it out
-/temperature [X]     show or set how boldly tokens are chosen; 0 always takes the likeliest
-/regenerate          another answer instead of the last one
-/save [FILE]         write the conversation as JSON
-/load FILE           go on with a conversation that was saved
-/help                this
-/quit                leave (Ctrl+D)
+/clear             begin a new conversation; the system message stays
+/system [TEXT]     show or set what the model is told first; - takes it out
+/temperature [X]   show or set how boldly tokens are chosen; 0: likeliest
+/regenerate        another answer instead of the last one
+/save [FILE]       write the conversation as JSON
+/load FILE         go on with a conversation that was saved
+/help              this
+/quit              leave (Ctrl+D)
 
-Ctrl+C stops an answer and keeps what came. Alt+Enter, or \\ at a line's end, begins a new line. // at the
-beginning stands for / where it is no command."""
+Ctrl+C stops an answer and keeps what came. Alt+Enter, or \\ at a line's
+end, begins a new line. // at the beginning stands for / where it is no
+command."""
 
 # For the state of the conversation so far.
 CACHE_BYTES = 1 << 30

@@ -182,7 +182,9 @@ class _Training(ABC):
             f"{record['parameters']['total'] / 1e6:.1f} M parameters, {record['steps']:,} steps, on "
             f"{record['device']} ({record['threads']} threads, {record['precision']})"
         )
-        if record["resumed"]:
+        if record["resumed"] and self.start == self.steps:
+            self.line("all steps were done before; measured again:")
+        elif record["resumed"]:
             self.line(f"going on at step {record['start_step']:,}")
 
     def on_step(self, record: Record) -> None:

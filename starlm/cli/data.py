@@ -48,6 +48,7 @@ class StatsOptions:
 
 
 def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
+    from starlm.data.documents import left_out
     from starlm.data.prepare import prepare
 
     sources = source_list(options.sources)
@@ -63,6 +64,10 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
             progress=progress,
         )
     _say_splits(options.out, console)
+    if sources != "embedded" and (passed_over := left_out(sources)):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
+        more = " ..." if len(passed_over) > 5 else ""
+        console.say(f"Left out, for their names: {kinds}{more}. Plain text has to be called .txt to be read.")
     console.say(f"Next: starlm train --preset demo --data {options.out} --out runs/mine")
     return asdict(report)
 

@@ -7,7 +7,7 @@ from starlm.cli.console import Console
 from starlm.cli.options import Verb
 from starlm.cli.plan import training_plan
 from starlm.cli.presets import DEMO_BASE, TRAIN
-from starlm.cli.train import HORIZON, say_result
+from starlm.cli.train import HORIZON, say_result, vocabulary_of_data
 from starlm.train.config import TrainConfig
 
 
@@ -79,6 +79,7 @@ VERBS = {
         base=DEMO_BASE,
         presets=TRAIN,
         one_of=HORIZON,
+        follow=vocabulary_of_data,
         plan=training_plan,
         rerun="Run the same command again: finished stages are kept, and training goes on from its last "
         "checkpoint.",

@@ -32,6 +32,8 @@ class Verb(Generic[O]):
     """Named settings, in the form of the TOML file."""
     one_of: frozenset[str] = frozenset()
     """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
+    follow: Callable[[O], Layer] | None = None
+    """Defaults that follow from other options, such as a model's vocabulary from its data."""
     plan: Callable[[O], dict[str, Any]] | None = None
     """What --dry-run adds to the resolved configuration."""
     rerun: str = "Nothing was kept; run the same command again to start over."
@@ -53,7 +55,16 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
         InputError: unknown preset, unusable TOML file, impossible value.
         SystemExit: help was asked for (0) or the command line is wrong (2); tyro has printed why.
     """
+    options, shared = _resolve(prog, summary, verb, argv, {})
+    if verb.follow and (layer := verb.follow(options)):
+        options, shared = _resolve(prog, summary, verb, argv, layer)
+    return options, shared
+
+
+def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: Layer) -> tuple[O, Shared]:
+    """`resolve`, with a layer right above the verb's defaults."""
     options = from_dict(verb.options, dict(verb.base), where="the defaults")
+    options = _overlay(verb, options, follow, "the defaults")
     preset, config = _value_of("--preset", argv), _value_of("--config", argv)
     if preset is not None:
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")

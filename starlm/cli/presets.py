@@ -4,7 +4,7 @@ from typing import Any
 
 # The main job: a code model from the standard library in minutes on two CPU cores. Tune its numbers here.
 DEMO: dict[str, Any] = {
-    "model": {"depth": 4, "context": 256, "vocab_size": 4096},
+    "model": {"depth": 4, "context": 256},
     "batch_tokens": 4096,
     "steps": 240,
     "eval_every": 60,

@@ -33,8 +33,24 @@ def say_result(result: dict[str, Any], console: Console) -> None:
 RERUN = "The last checkpoint is kept. Run the same command again to go on from it."
 HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
 
+
+def vocabulary_of_data(config: TrainConfig) -> dict[str, Any]:
+    """The layer that gives the model the vocabulary of its data, if they are there."""
+    from starlm.data.shards import META, TokenData
+
+    if not (config.data / META).is_file():
+        return {}
+    return {"model": {"vocab_size": TokenData.open(config.data).vocab_size}}
+
+
 VERBS = {
     "train": Verb(
-        options=TrainConfig, run=run, presets=TRAIN, one_of=HORIZON, plan=training_plan, rerun=RERUN
+        options=TrainConfig,
+        run=run,
+        presets=TRAIN,
+        one_of=HORIZON,
+        follow=vocabulary_of_data,
+        plan=training_plan,
+        rerun=RERUN,
     )
 }

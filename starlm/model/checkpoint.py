@@ -141,7 +141,9 @@ def find_checkpoint(path: Path) -> Path:
         InputError: there is none.
     """
     if not path.exists():
-        raise InputError(f"There is no model at {path}. Give a run folder or a checkpoint folder.")
+        raise InputError(
+            f"There is no model at {path}. Give a run folder or a checkpoint folder; starlm demo makes one."
+        )
     if (path / "config.json").is_file() or (path / MANIFEST).is_file():
         return path
     found = steps(path)

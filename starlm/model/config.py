@@ -11,7 +11,7 @@ class StarLMConfig:
     """Shape of one model. `depth` alone gives a sensible one; every number can be set by hand."""
 
     vocab_size: int = 4096
-    """Tokens in the vocabulary."""
+    """Tokens in the vocabulary; `starlm train` takes that of its data unless told."""
     depth: int = 4
     """Layers; the dial from which the width follows."""
     dim: int = 0

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from starlm.errors import InputError
@@ -107,17 +108,21 @@ def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Mean over the `span` values around each, fewer at the ends, so that the curve does not lag.
+    """Mean over the `span` values around each, which does not lag; at the ends, the line through as many.
 
     Args:
         values: finite numbers.
     """
+    half = min(span // 2, (len(values) - 1) // 2)
+    if half < 1:
+        return list(values)
+    width = 2 * half + 1
     sums = [0.0, *itertools.accumulate(values)]
-    half = span // 2
-    result = []
-    for index in range(len(values)):
-        # As many to the left as to the right, or the ends of a falling curve would bend.
-        reach = min(half, index, len(values) - 1 - index)
-        low, high = index - reach, index + reach + 1
-        result.append((sums[high] - sums[low]) / (high - low))
-    return result
+    inner = [(sums[i + width] - sums[i]) / width for i in range(len(values) - width + 1)]
+    # A mean over fewer values would end the curve on the noise of the last one; one over those of one side
+    # would bend it.
+    first = linear_regression(range(width), values[:width])
+    last = linear_regression(range(width), values[-width:])
+    begin = [first.intercept + first.slope * i for i in range(half)]
+    end = [last.intercept + last.slope * i for i in range(half + 1, width)]
+    return [*begin, *inner, *end]

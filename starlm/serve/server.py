@@ -41,7 +41,8 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
         def load() -> None:
             try:
                 models.load()
-                say(f"Ready: the chat is at {url}/, the API at {url}/v1")
+                if models.ready:
+                    say(f"Ready: the chat is at {url}/, the API at {url}/v1")
             except BaseException as error:
                 failed.append(error)
                 server.should_exit = True
@@ -52,6 +53,8 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
             server.run(sockets=[listener])
         finally:
             models.close()
+            # A process that ends while this thread is at work in PyTorch is aborted.
+            loader.join()
     if failed:
         raise failed[0]
 

@@ -78,8 +78,8 @@ def _train(
     if tokenizer.vocab_size != config.model.vocab_size:
         raise InputError(
             f"The data in {config.data} has a vocabulary of {tokenizer.vocab_size} tokens, the model one of "
-            f"{config.model.vocab_size}. Set model.vocab_size to {tokenizer.vocab_size}, or prepare other "
-            f"data."
+            f"{config.model.vocab_size}. Set model.vocab_size to {tokenizer.vocab_size} or leave it out, or "
+            f"prepare other data."
         )
     device = pick_device(config.device)
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(device))

@@ -140,5 +140,5 @@ def fake_data(stand_in):
             type(self).verified += 1
 
     stand_in("starlm.data.prepare", prepare=prepare)
-    stand_in("starlm.data.shards", TokenData=TokenData)
+    stand_in("starlm.data.shards", TokenData=TokenData, META="meta.json")
     return SimpleNamespace(prepared=calls, kind=TokenData)

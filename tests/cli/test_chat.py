@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from runs import write_model_folder
 
+from starlm.cli.chat import HELP
 from starlm.cli.console import printable
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,10 @@ def test_a_base_model(terminal, base, tmp_path):
     chat.until("Alt+Enter")
     assert chat.leave() == 0
     assert "Traceback" not in chat.shown
+
+
+def test_the_help_fits_a_terminal_of_80_columns():
+    assert max(map(len, HELP.splitlines())) < 80
 
 
 def test_ctrl_c_keeps_what_came(terminal, tuned, tmp_path):

@@ -125,3 +125,12 @@ def test_without_json_stdout_has_no_object(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (754, "12:34"), (3723, "1:02:03")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_that_was_done_before_does_not_go_on(capsys, training_records):
+    with Console().training() as on_record:
+        for record in training_records(steps=20, start=20):
+            on_record(record)
+    out = capsys.readouterr().out
+    assert "all steps were done before" in out
+    assert "going on" not in out

@@ -97,6 +97,21 @@ def test_dry_run_of_training_says_what_it_takes(command):
     assert memory["total"] >= memory["weights"] + memory["optimizer"] + memory["activations"]
 
 
+def test_the_model_has_the_vocabulary_of_its_data_unless_told(command, resolved):
+    # A small text yields fewer tokens than were asked for, so the number cannot be known before.
+    Path("text").mkdir()
+    Path("text/a.txt").write_text("one two three. " * 20)
+    Path("text/b.txt").write_text("four five six. " * 20)
+    size = command("data", "prepare", "text", "--json").json["vocab_size"]
+    assert 265 <= size < 4096
+    Path("a.toml").write_text("[model]\nvocab_size = 7\n")
+    for preset in TRAIN:
+        assert resolved("--preset", preset)["model"]["vocab_size"] == size
+    assert resolved("--config", "a.toml")["model"]["vocab_size"] == 7
+    assert resolved("--config", "a.toml", "--model.vocab-size", "8")["model"]["vocab_size"] == 8
+    assert resolved("--data", "none")["model"]["vocab_size"] == 4096
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_presets_resolve(resolved, name):
     assert from_dict(TrainConfig, resolved("--preset", name), where=name).num_steps > 0

@@ -56,6 +56,16 @@ def test_data_prepare(command, fake_data):
     assert "tokens: 2/2 (100%)" in done.err
 
 
+def test_data_prepare_says_what_it_did_not_read(command):
+    Path("text").mkdir()
+    for name in ("a.txt", "b.txt"):
+        Path("text", name).write_text("one two three")
+    assert "Left out" not in command("data", "prepare", "text", "--out", "all").out
+    Path("text/main.c").write_text("int main() {}")
+    done = command("data", "prepare", "text", "--out", "some")
+    assert "Left out, for their names: 1 .c. Plain text" in done.out
+
+
 def test_data_prepare_with_a_tokenizer_that_is_there(command):
     Path("text").mkdir()
     Path("text/a.txt").write_text("one\n" * 50)

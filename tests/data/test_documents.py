@@ -14,6 +14,7 @@ from starlm.data.documents import (
     embedded_corpus,
     find_files,
     iter_documents,
+    left_out,
     position_of,
     split_of,
 )
@@ -209,3 +210,21 @@ def test_importing_loads_nothing_heavy():
         "assert not hasattr(starlm.data, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_left_out_is_counted_by_suffix(tmp_path):
+    for name in (
+        "a.txt",
+        "b.c",
+        "c.C",
+        "sub/d.html",
+        "sub/Makefile",
+        ".hidden",
+        ".git/e.c",
+        "sub/f.jsonl.gz",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text")
+    assert left_out([tmp_path]) == {".c": 2, ".html": 1, "no suffix": 1}
+    assert left_out([tmp_path / "a.txt"]) == {}

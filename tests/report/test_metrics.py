@@ -68,6 +68,15 @@ def test_no_run(tmp_path):
 def test_smooth():
     assert smooth([3.0], 9) == [3.0]
     assert smooth([], 9) == []
-    assert smooth([1.0, 2.0, 6.0], 3) == [1.0, 3.0, 6.0]
+    assert smooth([1.0, 2.0], 9) == [1.0, 2.0]
+    assert smooth([1.0, 2.0, 6.0], 3) == pytest.approx([0.5, 3.0, 5.5])
     line = [float(n) for n in range(50)]
     assert smooth(line, 11) == pytest.approx(line)
+
+
+def test_smooth_does_not_end_on_the_noise_of_one_value():
+    values = [3.0] * 50
+    values[0] = values[-1] = 4.0
+    smoothed = smooth(values, 7)
+    assert len(smoothed) == 50
+    assert max(smoothed) < 3.5

@@ -87,6 +87,14 @@ def test_health_says_whether_the_models_are_loaded(serve, run):
     assert server.stop() == 0
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_the_models_are_loaded(serve, run):
+    server = serve("--model", run)
+    assert server.get("/health").status == 503
+    assert server.stop(signal.SIGINT) == 0, server.text()
+    assert "Ready" not in server.text()
+
+
 def test_the_key(limited):
     for given in (None, "sesame", "Bearer wrong", "é"):
         headers = {} if given is None else {"Authorization": given}
