@@ -10,6 +10,8 @@ from starlm.cli.console import Console
 from starlm.cli.options import Verb
 from starlm.errors import InputError
 
+# Tokens of validation below which a loss says little.
+FEW = 2_000
 # Vocabularies: bytes alone; for corpora of megabytes; for corpora of gigabytes.
 VOCABULARIES = {"bytes": {"vocab_size": 265}, "small": {"vocab_size": 4096}, "large": {"vocab_size": 32768}}
 
@@ -63,7 +65,12 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
             overwrite=options.overwrite,
             progress=progress,
         )
-    _say_splits(options.out, console)
+    held_out = _say_splits(options.out, console)["validation"]["tokens"]
+    if held_out < FEW:
+        console.say(
+            f"Only {held_out:,} tokens are held out: losses on them will be noise. More text or a larger "
+            f"--validation-fraction mends that."
+        )
     if sources != "embedded" and (passed_over := left_out(sources)):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
         more = " ..." if len(passed_over) > 5 else ""
@@ -104,8 +111,8 @@ def _say_splits(folder: Path, console: Console) -> dict[str, Any]:
     from starlm.data.shards import TokenData
 
     rows: list[tuple[str, ...]] = [(str(folder), "documents", "tokens", "bytes", "bytes per token")]
-    found = {}
-    for name, split in TokenData.open(folder).splits.items():
+    data, found = TokenData.open(folder), {}
+    for name, split in data.splits.items():
         numbers = {
             "documents": split.num_documents,
             "tokens": split.num_tokens,
@@ -115,6 +122,7 @@ def _say_splits(folder: Path, console: Console) -> dict[str, Any]:
         rows.append((name, *(f"{n:,}" for n in numbers.values()), f"{ratio:.2f}"))
         found[name] = {**numbers, "bytes_per_token": ratio}
     console.table(rows)
+    console.say(f"vocabulary: {data.vocab_size:,} tokens")
     return found
 
 

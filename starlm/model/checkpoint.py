@@ -175,15 +175,18 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise _unusable(folder, f"{name} is missing")
+        # People edit text, not weights.
+        edited = "" if file.suffix == ".safetensors" else f" If you edited {name}, delete {MANIFEST}."
         if file.stat().st_size != size:
-            raise _unusable(folder, f"{name} is damaged: {file.stat().st_size} bytes instead of {size}")
+            problem = f"{name} is damaged: {file.stat().st_size} bytes instead of {size}"
+            raise _unusable(folder, problem, edited)
         if sha256(file) != digest:
-            raise _unusable(folder, f"{name} is damaged: its content does not match its SHA-256")
+            raise _unusable(folder, f"{name} is damaged: its content does not match its SHA-256", edited)
 
 
-def _unusable(folder: Path, problem: str) -> InputError:
+def _unusable(folder: Path, problem: str, cure: str = "") -> InputError:
     return InputError(
-        f"The checkpoint {folder} cannot be used: {problem}. Copy the checkpoint again, or delete this "
+        f"The checkpoint {folder} cannot be used: {problem}.{cure} Copy the checkpoint again, or delete this "
         f"folder to go on from an earlier one."
     )
 

@@ -1,15 +1,10 @@
 """Fused CPU kernels of `deform`: numba, forward and backward, all cores, no atomics.
 
-Tensors are viewed as [B, T, H * C] numpy arrays; bfloat16 travels as its uint16 bits and is widened one
-element at a time. The forward splits the queries over threads; the backward splits batch and heads, so
-that every element of the gradient has one owner that adds to it in order of t: the result does not
-depend on the number of threads and is always deterministic.
+Tensors are viewed as [B, T, H * C] numpy arrays. The forward splits the queries over threads; the backward
+splits batch and heads, so that every element of the gradient has one owner that adds to it in order of t:
+the result does not depend on the number of threads and is always deterministic.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
 import numba
@@ -17,13 +12,12 @@ import numpy as np
 import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.cpu_base import array, index, jit, spread, store, widen
 
-# Below this many elements a thread hand-over costs more than the work.
-SERIAL_ELEMENTS = 1 << 15
 # Stands in for infinite shifts: beyond any row number below 2^30, exact in fp32, and `origin - FAR - 1`
 # stays inside int32.
 FAR = np.float32(2.0**30)
@@ -31,48 +25,11 @@ _FURTHEST = 2**30 - 1
 # Elements of at most a cache line, and how many rows ahead `_warm` touches.
 LINE, AHEAD = 16, 4
 
-_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 _i32 = np.int32
 
 
-def _widen(x):  # pragma: no cover - replaced by the overloads below when compiled
-    raise AssertionError
-
-
-def _store(out, index, x):  # pragma: no cover - replaced by the overloads below when compiled
-    raise AssertionError
-
-
-@overload(_widen, inline="always")
-def _widen_overload(x):
-    if x == numba.types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: x
-
-
-@overload(_store, inline="always")
-def _store_overload(out, index, x):
-    if out.dtype == numba.types.uint16:
-
-        def store_bf16(out, index, x):
-            if x == x:
-                bits = np.float32(x).view(np.uint32)
-                # Round to nearest, ties to even, on the upper 16 bits.
-                even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                out[index] = np.uint16(np.uint32(bits + even) >> np.uint32(16))
-            else:
-                out[index] = np.uint16(0x7FC0)
-
-        return store_bf16
-
-    def store_plain(out, index, x):
-        out[index] = x
-
-    return store_plain
-
-
-@_jit
-def _locate(shift, origin, start, last, rows, fraction):
+@jit
+def locate(shift, origin, start, last, rows, fraction):
     """Rows to read (near, far) and weight of the far one, for the shifts of one head.
 
     Apart from the reads, so that this loop vectorises and the reads are all that is left of the other.
@@ -81,7 +38,7 @@ def _locate(shift, origin, start, last, rows, fraction):
     near, far = rows[0], rows[1]
     place, start = _i32(min(origin, _FURTHEST)), _i32(min(max(start, 0), last))
     for c in range(shift.size):
-        x = _widen(shift[c])
+        x = widen(shift[c])
         whole = np.floor(x)
         reach = min(max(whole, -FAR), FAR)
         # Beyond FAR both rows are the same one, so the fraction is moot; NaN must stay NaN.
@@ -91,7 +48,7 @@ def _locate(shift, origin, start, last, rows, fraction):
         far[c] = min(max(_i32(row - _i32(1)), start), last)
 
 
-@_jit
+@jit
 def _warm(source, row):
     """Touch each cache line of a row a few rows before it is read.
 
@@ -104,7 +61,7 @@ def _warm(source, row):
     return seen
 
 
-@_jit
+@jit
 def _forward(values, shift, heads, origin, first, past, out, rows, fraction, query0, query1):
     """Fill queries query0 .. query1 of the B * T in `out`; `rows` and `fraction` are scratch."""
     _, length, width = shift.shape
@@ -122,17 +79,17 @@ def _forward(values, shift, heads, origin, first, past, out, rows, fraction, que
             target = out[b, t, left:right]
             if o < 0:
                 for c in range(channels):
-                    _store(target, c, np.float32(0))
+                    store(target, c, np.float32(0))
                 continue
-            _locate(shift[b, t, left:right], o, start, last, rows, fraction)
+            locate(shift[b, t, left:right], o, start, last, rows, fraction)
             for c in range(channels):
                 i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
-                v = _widen(source[i, column])
-                _store(target, c, v + fraction[c] * (_widen(source[j, column]) - v))
+                v = widen(source[i, column])
+                store(target, c, v + fraction[c] * (widen(source[j, column]) - v))
     return seen
 
 
-@_jit
+@jit
 def _backward(
     grad, values, shift, heads, origin, first, past, dvalues, dshift, rows, fraction, groups, part0, part1
 ):
@@ -153,13 +110,13 @@ def _backward(
                 g, ds = grad[b, t, left:right], dshift[b, t, left:right]
                 if o < 0:
                     for c in range(channels):
-                        _store(ds, c, np.float32(0))
+                        store(ds, c, np.float32(0))
                     continue
-                _locate(shift[b, t, left:right], o, start, last, rows, fraction)
+                locate(shift[b, t, left:right], o, start, last, rows, fraction)
                 for c in range(channels):
                     i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
-                    dy = _widen(g[c])
-                    _store(ds, c, dy * (_widen(source[j, column]) - _widen(source[i, column])))
+                    dy = widen(g[c])
+                    store(ds, c, dy * (widen(source[j, column]) - widen(source[i, column])))
                     further = dy * fraction[c]
                     dsource[i, column] += dy - further
                     dsource[j, column] += further
@@ -178,7 +135,7 @@ def _as_pointer(typingctx, address):
 _pointer: Any = intrinsic(_as_pointer)
 
 
-@_jit
+@jit
 def _step(addresses, past, first, values, shift, heads, origin, out, rows, fraction, begin, end):
     """For sequences begin .. end: write the row `past` of the buffer at each address, and `_forward`."""
     seen = out[0, 0, 0]
@@ -193,7 +150,7 @@ def _step(addresses, past, first, values, shift, heads, origin, out, rows, fract
     return seen
 
 
-@_jit
+@jit
 def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction, begin, end):
     """As `_step`, for buffers of sums: row `past` gets the one before and the value; `out` its lead."""
     seen = out[0, 0, 0]
@@ -202,7 +159,7 @@ def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction
         source = carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
         before, new = source[0, past[b] - 1], source[0, past[b]]
         for c in range(new.size):
-            new[c] = before[c] + _widen(values[b, 0, c])
+            new[c] = before[c] + widen(values[b, 0, c])
         own = slice(b, b + 1)
         target = (heads, None, first[own], past[own], out[own], rows, fraction)
         seen = max(seen, _forward(source, shift[own], *target, 0, 1))
@@ -223,14 +180,14 @@ def forward(
     exact = _exact(values, shift)
     out = torch.empty(shift.shape, dtype=_kept(values, exact))
     heads = _heads(shift, origin, 1)
-    arrays = [_array(values, exact), _array(shift, exact), heads]
-    arrays += [*_indices(shift, origin, first, past), _array(out, exact)]
+    arrays = [rows_of(values, exact), rows_of(shift, exact), heads]
+    arrays += [*_indices(shift, origin, first, past), rows_of(out, exact)]
 
     def work(begin: int, end: int) -> None:
         _forward(*arrays, *_scratch(shift, heads, exact), begin, end)
 
     batch, length = shift.shape[:2]
-    _spread(work, batch * length, shift.numel())
+    spread(work, batch * length, shift.numel())
     return out.to(values.dtype)
 
 
@@ -268,8 +225,8 @@ def step(
     exact = _exact(values, shift)
     out = torch.empty(shift.shape, dtype=values.dtype)
     heads = _heads(shift, origin, 1)
-    arrays = [addresses, past, first, _array(values, exact), _array(shift, exact), heads]
-    arrays += [None if origin is None else _index(origin), _array(out, exact)]
+    arrays = [addresses, past, first, rows_of(values, exact), rows_of(shift, exact), heads]
+    arrays += [None if origin is None else index(origin), rows_of(out, exact)]
     _run_steps(_step, arrays, shift, heads, exact)
     return out
 
@@ -290,8 +247,8 @@ def step_sums(
     """
     exact, heads = torch.float64, _heads(width, None, 1)
     out = torch.empty(width.shape, dtype=exact)
-    arrays = [addresses, past, first, _array(values, _exact(values, values)), _array(width, exact), heads]
-    _run_steps(_step_sums, [*arrays, _array(out, exact)], width, heads, exact)
+    arrays = [addresses, past, first, rows_of(values, _exact(values, values)), rows_of(width, exact), heads]
+    _run_steps(_step_sums, [*arrays, rows_of(out, exact)], width, heads, exact)
     return out
 
 
@@ -299,7 +256,7 @@ def _run_steps(kernel: Any, arrays: list, shift: Tensor, heads: int, exact: torc
     def work(begin: int, end: int) -> None:
         kernel(*arrays, *_scratch(shift, heads, exact), begin, end)
 
-    _spread(work, shift.shape[0], shift.numel())
+    spread(work, shift.shape[0], shift.numel())
 
 
 def backward(
@@ -318,13 +275,13 @@ def backward(
     # Whole batch rows where there are enough of them: neighbouring heads share cache lines and pages.
     groups = max(1, min(heads, -(-torch.get_num_threads() // max(batch, 1))))
     heads = _heads(shift, origin, groups)
-    arrays = [_array(grad.to(values.dtype), exact), _array(values, exact), _array(shift, exact), heads]
-    arrays += [*_indices(shift, origin, first, past), _array(dvalues, exact), _array(dshift, exact)]
+    arrays = [rows_of(grad.to(values.dtype), exact), rows_of(values, exact), rows_of(shift, exact), heads]
+    arrays += [*_indices(shift, origin, first, past), rows_of(dvalues, exact), rows_of(dshift, exact)]
 
     def work(begin: int, end: int) -> None:
         _backward(*arrays, *_scratch(shift, heads, exact), groups, begin, end)
 
-    _spread(work, batch * groups, shift.numel())
+    spread(work, batch * groups, shift.numel())
     return dvalues.to(values.dtype), dshift.to(shift.dtype)
 
 
@@ -344,11 +301,9 @@ def _kept(tensor: Tensor, exact: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if tensor.dtype == torch.bfloat16 and exact == torch.float32 else exact
 
 
-def _array(tensor: Tensor, exact: torch.dtype) -> np.ndarray:
+def rows_of(tensor: Tensor, exact: torch.dtype) -> np.ndarray:
     """The tensor as [B, S, H * C]; bfloat16 as its bits."""
-    tensor = tensor.detach().to(_kept(tensor, exact)).contiguous()
-    tensor = tensor.view(*tensor.shape[:2], tensor.shape[2] * tensor.shape[3])
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array(tensor.detach().to(_kept(tensor, exact)).flatten(2))
 
 
 def _scratch(shift: Tensor, heads: int, exact: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -365,47 +320,7 @@ def _indices(
     """`origin`, `first` and `past` as int64 arrays; the latter two filled in, so that kernels are fewer."""
     batch, length = shift.shape[:2]
     return (
-        None if origin is None else _index(origin),
-        np.zeros((batch, length), np.int64) if first is None else _index(first),
-        np.zeros(batch, np.int64) if past is None else _index(past),
+        None if origin is None else index(origin),
+        np.zeros((batch, length), np.int64) if first is None else index(first),
+        np.zeros(batch, np.int64) if past is None else index(past),
     )
-
-
-def _index(tensor: Tensor) -> np.ndarray:
-    return tensor.to(torch.int64).contiguous().numpy()
-
-
-def _spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
-    """Run work(begin, end) over 0 .. count, in equal shares on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), count) if elements >= SERIAL_ELEMENTS else 1
-    if threads <= 1:
-        work(0, count)
-        return
-    ends = [count * i // threads for i in range(threads + 1)]
-    shares = [_pool().submit(work, *share) for share in pairwise(ends[1:])]
-    try:
-        work(ends[0], ends[1])
-    finally:
-        wait(shares)
-    for share in shares:
-        share.result()
-
-
-_POOL: ThreadPoolExecutor | None = None
-
-
-def _pool() -> ThreadPoolExecutor:
-    global _POOL
-    if _POOL is None:
-        _POOL = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="starlm-deform")
-    return _POOL
-
-
-def _forget_pool() -> None:
-    """Threads do not survive a fork; the child makes its own."""
-    global _POOL
-    _POOL = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)

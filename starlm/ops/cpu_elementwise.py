@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starlm.ops.cpu import _spread, _store, _widen
+from starlm.ops.cpu_base import array, spread, store, widen
 from starlm.ops.cpu_math import ONE, TWO, ZERO, f32, jit
 
 
@@ -14,11 +14,11 @@ def _rms(x, eps, out, row0, row1):
     for row in range(row0, row1):
         total = ZERO
         for c in range(width):
-            total += f32(_widen(x[row, c])) * f32(_widen(x[row, c]))
+            total += f32(widen(x[row, c])) * f32(widen(x[row, c]))
         scale = ONE / np.sqrt(total / f32(width) + eps)
         target = out[row]
         for c in range(width):
-            _store(target, c, f32(_widen(x[row, c])) * scale)
+            store(target, c, f32(widen(x[row, c])) * scale)
 
 
 @jit
@@ -27,30 +27,30 @@ def _rms_backward(grad, x, eps, out, row0, row1):
     for row in range(row0, row1):
         total, along = ZERO, ZERO
         for c in range(width):
-            total += f32(_widen(x[row, c])) * f32(_widen(x[row, c]))
-            along += f32(_widen(x[row, c])) * f32(_widen(grad[row, c]))
+            total += f32(widen(x[row, c])) * f32(widen(x[row, c]))
+            along += f32(widen(x[row, c])) * f32(widen(grad[row, c]))
         scale = ONE / np.sqrt(total / f32(width) + eps)
         along *= scale * scale / f32(width)
         target = out[row]
         for c in range(width):
-            _store(target, c, scale * (f32(_widen(grad[row, c])) - f32(_widen(x[row, c])) * along))
+            store(target, c, scale * (f32(widen(grad[row, c])) - f32(widen(x[row, c])) * along))
 
 
 @jit
 def _relu2(x, out, begin, end):
     for i in range(begin, end):
-        v = f32(_widen(x[i]))
+        v = f32(widen(x[i]))
         # Not max: NaN must stay NaN.
         v = ZERO if v < ZERO else v
-        _store(out, i, v * v)
+        store(out, i, v * v)
 
 
 @jit
 def _relu2_backward(grad, x, out, begin, end):
     for i in range(begin, end):
-        v = f32(_widen(x[i]))
+        v = f32(widen(x[i]))
         v = ZERO if v < ZERO else v
-        _store(out, i, TWO * v * f32(_widen(grad[i])))
+        store(out, i, TWO * v * f32(widen(grad[i])))
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -76,19 +76,13 @@ def relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
 def _rows(kernel, *inputs: Tensor, eps: float) -> Tensor:
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
     width = max(out.shape[-1], 1)
-    arrays = [_array(x).reshape(-1, width) for x in (*inputs, out)]
-    _spread(lambda *ends: kernel(*arrays[:-1], f32(eps), arrays[-1], *ends), len(arrays[0]), out.numel())
+    arrays = [array(x).reshape(-1, width) for x in (*inputs, out)]
+    spread(lambda *ends: kernel(*arrays[:-1], f32(eps), arrays[-1], *ends), len(arrays[0]), out.numel())
     return out
 
 
 def _flat(kernel, *inputs: Tensor) -> Tensor:
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
-    arrays = [_array(x).reshape(-1) for x in (*inputs, out)]
-    _spread(lambda *ends: kernel(*arrays, *ends), out.numel(), out.numel())
+    arrays = [array(x).reshape(-1) for x in (*inputs, out)]
+    spread(lambda *ends: kernel(*arrays, *ends), out.numel(), out.numel())
     return out
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """Contiguous; bfloat16 as its bits."""
-    x = x.detach().contiguous()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starlm.ops.cpu import _array, _index, _locate, _spread, _store, _widen
+from starlm.ops.cpu import locate, rows_of
+from starlm.ops.cpu_base import index, spread, store, widen
 from starlm.ops.cpu_math import HALF, ONE, ZERO, exp, f32, i32, jit, sigmoid, softplus
 
 # Kinds of heads, as the kernels know them.
@@ -31,7 +32,7 @@ def _normalise(values, left, channels, slab, scale):
             out = slab[t, begin : begin + channels]
             total = ZERO
             for c in range(channels):
-                x = f32(_widen(row[c]))
+                x = f32(widen(row[c]))
                 out[c] = x
                 total += x * x
             scale[t, h] = ONE / np.sqrt(total / f32(channels) + EPS)
@@ -52,29 +53,29 @@ def _reach(z, kind, furthest, shift):
     """What the shift projection says, in tokens: a distance, an offset as it is, or a window's length."""
     if kind == NOW:
         for c in range(z.size):
-            x = softplus(f32(_widen(z[c])))
+            x = softplus(f32(widen(z[c])))
             shift[c] = furthest if x > furthest else x
     elif kind == ANCHORED:
         for c in range(z.size):
-            shift[c] = _widen(z[c])
+            shift[c] = widen(z[c])
     else:
         for c in range(z.size):
-            x = exp(HALF * f32(_widen(z[c])))
+            x = exp(HALF * f32(widen(z[c])))
             x = furthest if x > furthest else x
             shift[c] = ONE if x < ONE else x
 
 
 @jit
 def _place(shift, kind, origin, start, t, length, channels, rows, fraction):
-    """`_locate` of every head; of anchored ones by the origins given, [W // C]."""
+    """`locate` of every head; of anchored ones by the origins given, [W // C]."""
     if kind == NOW:
-        _locate(shift, t, start, i32(t), rows, fraction)
+        locate(shift, t, start, i32(t), rows, fraction)
     elif kind == BOX:
         # A window is clipped to what there is; its sums are those before each row, so the query's is t + 1.
         most = f32(t + 1 - start)
         for c in range(shift.size):
             shift[c] = most if shift[c] > most else shift[c]
-        _locate(shift, t + 1, start, i32(t + 1), rows, fraction)
+        locate(shift, t + 1, start, i32(t + 1), rows, fraction)
     else:
         for h in range(shift.size // channels):
             begin, end = h * channels, (h + 1) * channels
@@ -83,7 +84,7 @@ def _place(shift, kind, origin, start, t, length, channels, rows, fraction):
                 fraction[begin:end] = 0
             else:
                 near = rows[:, begin:end]
-                _locate(shift[begin:end], origin[h], start, i32(t), near, fraction[begin:end])
+                locate(shift[begin:end], origin[h], start, i32(t), near, fraction[begin:end])
 
 
 @jit
@@ -134,10 +135,10 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
             if gated:
                 g = gate[b, t, left:right]
                 for c in range(width):
-                    _store(target, c, read[c] * sigmoid(f32(_widen(g[c]))))
+                    store(target, c, read[c] * sigmoid(f32(widen(g[c]))))
             else:
                 for c in range(width):
-                    _store(target, c, read[c])
+                    store(target, c, read[c])
 
 
 @jit
@@ -167,11 +168,11 @@ def _backward(
             # The gradient of what is read; that of the gate follows below.
             if gated:
                 for c in range(width):
-                    slope[c] = sigmoid(f32(_widen(g[c])))
-                    d[c] = f32(_widen(dy[c])) * slope[c]
+                    slope[c] = sigmoid(f32(widen(g[c])))
+                    d[c] = f32(widen(dy[c])) * slope[c]
             else:
                 for c in range(width):
-                    d[c] = _widen(dy[c])
+                    d[c] = widen(dy[c])
             _reach(zt, kind, furthest, shift)
             _place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
             if kind == BOX:
@@ -201,16 +202,16 @@ def _backward(
                     d[c] *= edge
                 if kind == NOW:
                     for c in range(width):
-                        free = sigmoid(f32(_widen(zt[c])))
+                        free = sigmoid(f32(widen(zt[c])))
                         shift[c] = d[c] * free if shift[c] < furthest else ZERO
                 else:
                     for c in range(width):
                         shift[c] = d[c]
             for c in range(width):
-                _store(dzt, c, shift[c])
+                store(dzt, c, shift[c])
             if gated:
                 for c in range(width):
-                    _store(dg, c, f32(_widen(dy[c])) * read[c] * slope[c] * (ONE - slope[c]))
+                    store(dg, c, f32(widen(dy[c])) * read[c] * slope[c] * (ONE - slope[c]))
         if kind == BOX:
             # Row t is part of every sum behind it.
             for t in range(length - 1, -1, -1):
@@ -227,7 +228,7 @@ def _backward(
                     total += v[c] * dv[c]
                 total /= f32(channels)
                 for c in range(channels):
-                    _store(target, c, scale[t, h] * (dv[c] - v[c] * total))
+                    store(target, c, scale[t, h] * (dv[c] - v[c] * total))
 
 
 def forward(
@@ -243,8 +244,8 @@ def forward(
     """`starlm.ops.mix` for CPU tensors in fp32 or bfloat16."""
     out = torch.empty(values.shape, dtype=values.dtype)
     units = _units(values, near, boxes)
-    arrays = [*_arrays(values, shift, gate, origin, first, units, furthest), _array(out, torch.float32)]
-    _spread(lambda *ends: _forward(*arrays, *ends), len(values) * len(units), values.numel())
+    arrays = [*_arrays(values, shift, gate, origin, first, units, furthest), rows_of(out, torch.float32)]
+    spread(lambda *ends: _forward(*arrays, *ends), len(values) * len(units), values.numel())
     return out
 
 
@@ -263,10 +264,10 @@ def backward(
     dvalues, dshift = (torch.empty(values.shape, dtype=values.dtype) for _ in range(2))
     dgate = torch.empty(0 if gate is None else values.shape, dtype=values.dtype)
     units = _units(values, near, boxes)
-    arrays = [_array(grad.to(values.dtype), torch.float32)]
+    arrays = [rows_of(grad.to(values.dtype), torch.float32)]
     arrays += _arrays(values, shift, gate, origin, first, units, furthest)
-    arrays += [_array(x, torch.float32) for x in (dvalues, dshift, dshift if gate is None else dgate)]
-    _spread(lambda *ends: _backward(*arrays, *ends), len(values) * len(units), values.numel())
+    arrays += [rows_of(x, torch.float32) for x in (dvalues, dshift, dshift if gate is None else dgate)]
+    spread(lambda *ends: _backward(*arrays, *ends), len(values) * len(units), values.numel())
     return dvalues, dshift, dgate
 
 
@@ -287,6 +288,6 @@ def _units(values: Tensor, near: int, boxes: int) -> np.ndarray:
 
 def _arrays(values, shift, gate, origin, first, units, furthest) -> list:
     first = torch.zeros(values.shape[:2], dtype=torch.int64) if first is None else first
-    floats = [_array(x, torch.float32) for x in (values, shift, values if gate is None else gate)]
+    floats = [rows_of(x, torch.float32) for x in (values, shift, values if gate is None else gate)]
     channels = values.shape[3]
-    return [*floats, _index(origin), _index(first), units, channels, np.float32(furthest), gate is not None]
+    return [*floats, index(origin), index(first), units, channels, np.float32(furthest), gate is not None]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from starlm.errors import InputError
-from starlm.ops.cpu import _spread
+from starlm.ops.cpu_base import spread
 from starlm.ops.cpu_math import ONE, TWO, ZERO, exp, jit, tanh_of_half
 
 
@@ -52,5 +52,5 @@ def softmax_loss(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bo
     # Only to keep exp from overflowing: any number near the maximum would do.
     highest = logits.amax(-1)
     arrays = [logits.numpy(), targets.numpy(), highest.numpy(), np.float32(softcap), losses.numpy()]
-    _spread(lambda begin, end: _softmax(*arrays, wants_grad, begin, end), len(logits), logits.numel())
+    spread(lambda begin, end: _softmax(*arrays, wants_grad, begin, end), len(logits), logits.numel())
     return losses

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starlm.ops.cpu import _jit, _spread
+from starlm.ops.cpu_base import jit, spread
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _ONE, _HALF = np.uint64(1), np.uint64(32)
 
 
-@_jit
+@jit
 def _bucket(tokens, t, n, size):
     h = np.uint64(0)
     for i in range(t - n + 1, t + 1):
@@ -26,7 +26,7 @@ def _bucket(tokens, t, n, size):
     return np.int64(h & (np.uint64(size) - _ONE))
 
 
-@_jit
+@jit
 def _append(tokens, n, table, chain, begin, end, first, origin):
     """Index positions begin .. end; origin[t - begin] as in `anchors`, `first` for each of them or None."""
     for t in range(begin, end):
@@ -51,14 +51,14 @@ def _append(tokens, n, table, chain, begin, end, first, origin):
         origin[t - begin] = found
 
 
-@_jit
+@jit
 def _remove(tokens, n, table, chain, begin, end):
     """Undo `_append` of positions begin .. end, which are the last ones."""
     for t in range(end - 1, max(begin, n - 1) - 1, -1):
         table[_bucket(tokens, t, n, table.size)] = chain[t]
 
 
-@_jit
+@jit
 def _batch(tokens, orders, size, first, origin, begin, end):
     length = tokens.shape[1]
     table, chain = np.empty(size, np.int32), np.empty(length, np.int32)
@@ -78,7 +78,7 @@ def batch(tokens: Tensor, orders: Sequence[int], first: Tensor | None) -> Tensor
     ids = tokens.to(torch.int64).contiguous().numpy()
     starts = None if first is None else first.to(torch.int64).contiguous().numpy()
     numbers, size, out = np.array(orders, np.int64), _table_size(length), origin.numpy()
-    _spread(
+    spread(
         lambda begin, end: _batch(ids, numbers, size, starts, out, begin, end),
         rows * len(orders),
         origin.numel(),

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from starlm.data.loader import PackedLoader
+from starlm.data.loader import Batch, PackedLoader
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
 from starlm.device import has_bfloat16, pick_device
@@ -30,6 +30,8 @@ from starlm.train.config import TrainConfig
 from starlm.train.optim import Optimizers
 from starlm.train.run import Run
 
+Record = dict[str, Any]
+
 SAMPLE_TOKENS = 96
 
 
@@ -42,9 +44,9 @@ class Interrupted(StarLMError):
 def train(
     config: TrainConfig,
     *,
-    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_record: Callable[[Record], None] = lambda record: None,
     build: Callable[[StarLMConfig], StarLM] = StarLM,
-) -> dict:
+) -> Record:
     """Train until the horizon; go on where `config.out` was, if it holds a run.
 
     Args:
@@ -62,154 +64,162 @@ def train(
     """
     run = Run(config)
     with only_writer(run.folder):
-        return _train(run, on_record, build)
+        return _Session(run, on_record, build).train()
 
 
-def _train(
-    run: Run,
-    on_record: Callable[[dict[str, Any]], None],
-    build: Callable[[StarLMConfig], StarLM],
-) -> dict:
-    config = run.config
-    # 1. What there is: data, tokenizer, device, an earlier session.
-    data = TokenData.open(config.data)
-    training, validation = data.splits["train"], data.splits["validation"]
-    tokenizer = Tokenizer.load(config.data)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise InputError(
-            f"The data in {config.data} has a vocabulary of {tokenizer.vocab_size} tokens, the model one of "
-            f"{config.model.vocab_size}. Set model.vocab_size to {tokenizer.vocab_size} or leave it out, or "
-            f"prepare other data."
-        )
-    device = pick_device(config.device)
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(device))
-    num_steps, start = config.num_steps, run.last_step()
-    if start > num_steps:
-        raise InputError(
-            f"{run.folder} is at step {start} already, beyond the horizon of {num_steps} steps. Give a "
-            f"horizon of {start} steps or more, or another --out for a new run."
-        )
+class _Session:
+    """One process at work on a run: from the last checkpoint to the horizon, or until it is told to stop."""
 
-    # 2. Model, optimizers, and what the last checkpoint remembers of them.
-    torch.manual_seed(config.seed)
-    model = build(config.model).to(device)
-    optimizers = Optimizers(model, config.optim)
-    before = {"seconds": 0.0, "data": training.fingerprint}
-    if start:
-        before |= run.load(model, optimizers)
-    if before["data"] != training.fingerprint:
-        raise InputError(
-            f"{run.folder} was trained on other data than {config.data} now holds. Prepare the data as it "
-            f"was, or choose another --out for a new run."
-        )
-    seconds = before["seconds"]
-    loss_of = torch.compile(model.loss) if config.compile else model.loss
-    text_model = TextModel(model, tokenizer)
-    run.begin(tokenizer, start)
-
-    def emit(kind: str, **values: Any) -> dict[str, Any]:
-        record = {"kind": kind, **values}
-        run.record(record)
-        on_record(record)
-        return record
-
-    def save(step: int) -> Path:
-        extra = {"seconds": seconds, "data": training.fingerprint}
-        path = run.save(step, model, optimizers, tokenizer, extra)
-        emit("checkpoint", step=step, path=str(path))
-        return path
-
-    def validate(step: int) -> dict[str, float]:
-        result = evaluate(
-            model,
-            validation,
-            tokenizer,
-            max_tokens=config.eval_tokens or None,
-            precision="bfloat16" if bfloat16 else "float32",
-        )
-        emit("validation", step=step, **result)
-        return result
-
-    def sample(step: int) -> None:
-        model.eval()
-        for prompt in config.sample_prompts:
-            text = text_model.generate(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=0)
-            emit("sample", step=step, prompt=prompt, text=text)
-        model.train()
-
-    emit(
-        "plan",
-        step=start,
-        steps=num_steps,
-        start_step=start,
-        parameters=config.model.num_parameters,
-        flops_per_token=config.model.flops_per_token(),
-        device=str(device),
-        precision="bfloat16" if bfloat16 else "float32",
-        threads=torch.get_num_threads(),
-        resumed=start > 0,
-        time=time.time(),
-    )
-
-    # 3. The steps.
-    rows = config.micro_rows or config.rows
-    loader = PackedLoader(
-        training,
-        rows=config.rows,
-        length=config.model.context,
-        seed=config.seed,
-        workers=config.workers,
-    )
-    model.train()
-    with closing(loader.batches(start)) as batches, _stop_signal() as stopped:
-        for step in range(start, num_steps):
-            began = time.perf_counter()
-            batch = next(batches)
-            tensors = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.first)]
-            losses = []
-            for pieces in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                inputs, targets, first = (piece.to(device) for piece in pieces)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    loss = loss_of(inputs, targets, first=first)
-                (loss * (rows / config.rows)).backward()
-                losses.append(loss.detach())
-            loss = torch.stack(losses).mean().item()
-            norm = _clip(model, config.optim.clip)
-            _require_finite(loss, norm, step + 1, run)
-            share = optimizers.step(step, num_steps)
-            elapsed = time.perf_counter() - began
-            seconds += elapsed
-            done = step + 1
-            emit(
-                "step",
-                step=done,
-                loss=loss,
-                lr=share,
-                grad_norm=norm,
-                tokens=done * config.batch_tokens,
-                tokens_per_second=config.batch_tokens / elapsed,
-                seconds=seconds,
+    def __init__(
+        self, run: Run, on_record: Callable[[Record], None], build: Callable[[StarLMConfig], StarLM]
+    ) -> None:
+        config = self.config = run.config
+        self.run, self.on_record = run, on_record
+        self.data = TokenData.open(config.data)
+        self.tokenizer = Tokenizer.load(config.data)
+        if self.tokenizer.vocab_size != config.model.vocab_size:
+            vocab = self.tokenizer.vocab_size
+            raise InputError(
+                f"The data in {config.data} has a vocabulary of {vocab} tokens, the model one of "
+                f"{config.model.vocab_size}. Set model.vocab_size to {vocab} or leave it out, or prepare "
+                f"other data."
             )
-            if done < num_steps:
-                if config.eval_every and done % config.eval_every == 0:
-                    validate(done)
-                if config.sample_every and done % config.sample_every == 0:
-                    sample(done)
+        self.start = self.done = run.last_step()
+        if self.start > config.num_steps:
+            raise InputError(
+                f"{run.folder} is at step {self.start} already, beyond the horizon of {config.num_steps} "
+                f"steps. Give a horizon of {self.start} steps or more, or another --out for a new run."
+            )
+        self.device = pick_device(config.device)
+        auto = config.precision == "auto" and has_bfloat16(self.device)
+        self.precision: Literal["bfloat16", "float32"] = (
+            "bfloat16" if auto or config.precision == "bfloat16" else "float32"
+        )
+        torch.manual_seed(config.seed)
+        self.model = build(config.model).to(self.device)
+        self.optimizers = Optimizers(self.model, config.optim)
+        self.loss = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.fingerprint, self.seconds = self.data.splits["train"].fingerprint, 0.0
+        if self.start:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take over what the last checkpoint holds."""
+        before = self.run.load(self.model, self.optimizers)
+        if before["data"] != self.fingerprint:
+            raise InputError(
+                f"{self.run.folder} was trained on other data than {self.config.data} now holds. Prepare "
+                f"the data as it was, or choose another --out for a new run."
+            )
+        self.seconds = before["seconds"]
+
+    def train(self) -> Record:
+        """All steps that are left; the last record."""
+        config, horizon = self.config, self.config.num_steps
+        self.run.begin(self.tokenizer, self.start)
+        self._tell_plan()
+        loader = PackedLoader(
+            self.data.splits["train"],
+            rows=config.rows,
+            length=config.model.context,
+            seed=config.seed,
+            workers=config.workers,
+        )
+        self.model.train()
+        with closing(loader.batches(self.start)) as batches, _stop_signal() as stopped:
+            while self.done < horizon:
+                self._step(next(batches))
+                if self.done == horizon:
+                    break
+                if self._is_due(config.eval_every):
+                    self._validate()
+                if self._is_due(config.sample_every):
+                    self._sample()
                 # Looked at once: who is told to stop must find a checkpoint.
                 stop = stopped()
-                if stop or (config.save_every and done % config.save_every == 0):
-                    save(done)
+                if stop or self._is_due(config.save_every):
+                    self._save()
                 if stop:
-                    raise Interrupted(f"Stopped at step {done} of {num_steps}; saved. Run it again to go on.")
+                    raise Interrupted(
+                        f"Stopped at step {self.done} of {horizon}; saved. Run it again to go on."
+                    )
+        # The last checkpoint before what only looks at the model: an interruption there costs nothing.
+        path = self._save() if self.start < horizon else self.run.checkpoint(horizon)
+        result = self._validate()
+        self._sample()
+        tokens = horizon * config.batch_tokens
+        return self._emit("end", seconds=self.seconds, **result, tokens=tokens, checkpoint=str(path))
 
-    # 4. The end: the last checkpoint, then what only looks at the model: an interruption there costs nothing.
-    path = save(num_steps) if num_steps > start else run.folder / "checkpoints" / f"step-{start:06d}"
-    result = validate(num_steps)
-    sample(num_steps)
-    tokens = num_steps * config.batch_tokens
-    return emit(
-        "end", step=num_steps, seconds=seconds, **result | {"tokens": tokens, "checkpoint": str(path)}
-    )
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
+
+    def _step(self, batch: Batch) -> None:
+        """One step of the optimizers, on gradients of one batch, in parts of `micro_rows`."""
+        began, config = time.perf_counter(), self.config
+        rows, losses = config.micro_rows or config.rows, []
+        tensors = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.first)]
+        for pieces in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+            inputs, targets, first = (piece.to(self.device) for piece in pieces)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                loss = self.loss(inputs, targets, first=first)
+            (loss * (rows / config.rows)).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean().item()
+        norm = _clip(self.model, config.optim.clip)
+        _require_finite(loss, norm, self.done + 1, self.run)
+        share = self.optimizers.step(self.done, config.num_steps)
+        elapsed = time.perf_counter() - began
+        self.done, self.seconds = self.done + 1, self.seconds + elapsed
+        self._emit(
+            "step",
+            loss=loss,
+            lr=share,
+            grad_norm=norm,
+            tokens=self.done * config.batch_tokens,
+            tokens_per_second=config.batch_tokens / elapsed,
+            seconds=self.seconds,
+        )
+
+    def _validate(self) -> dict[str, float]:
+        most = self.config.eval_tokens or None
+        validation = self.data.splits["validation"]
+        result = evaluate(self.model, validation, self.tokenizer, max_tokens=most, precision=self.precision)
+        self._emit("validation", **result)
+        return result
+
+    def _sample(self) -> None:
+        self.model.eval()
+        text_model = TextModel(self.model, self.tokenizer)
+        for prompt in self.config.sample_prompts:
+            text = text_model.generate(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=0)
+            self._emit("sample", prompt=prompt, text=text)
+        self.model.train()
+
+    def _save(self) -> Path:
+        extra = {"seconds": self.seconds, "data": self.fingerprint}
+        path = self.run.save(self.done, self.model, self.optimizers, self.tokenizer, extra)
+        self._emit("checkpoint", path=str(path))
+        return path
+
+    def _tell_plan(self) -> None:
+        self._emit(
+            "plan",
+            steps=self.config.num_steps,
+            start_step=self.start,
+            parameters=self.config.model.num_parameters,
+            flops_per_token=self.config.model.flops_per_token(),
+            device=str(self.device),
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            resumed=self.start > 0,
+            time=time.time(),
+        )
+
+    def _emit(self, kind: str, **values: Any) -> Record:
+        record = {"kind": kind, "step": self.done, **values}
+        self.run.record(record)
+        self.on_record(record)
+        return record
 
 
 def _clip(model: StarLM, limit: float) -> float:

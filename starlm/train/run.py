@@ -102,6 +102,10 @@ class Run:
         found = steps(self.folder)
         return step_of(found[-1]) if found else 0
 
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, or would."""
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
     def save(
         self, step: int, model: StarLM, optimizers: Optimizers, tokenizer: Tokenizer, extra: dict
     ) -> Path:
@@ -110,7 +114,7 @@ class Run:
         Args:
             extra: plain values that `load` gives back.
         """
-        path = self.folder / "checkpoints" / f"step-{step:06d}"
+        path = self.checkpoint(step)
         sync(self.folder / "metrics.jsonl")
         with whole_folder(path) as folder:
             write_model(

@@ -126,7 +126,7 @@ def fake_data(stand_in):
         return PrepareReport(Path(out))
 
     class TokenData:
-        verified = 0
+        verified, vocab_size = 0, 300
         meta = {"tokenizer": "a fingerprint"}  # noqa: RUF012
 
         def __init__(self):

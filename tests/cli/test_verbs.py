@@ -66,6 +66,21 @@ def test_data_prepare_says_what_it_did_not_read(command):
     assert "Left out, for their names: 1 .c. Plain text" in done.out
 
 
+def test_data_prepare_says_what_is_little(command):
+    Path("text").mkdir()
+    for number in range(20):
+        Path(f"text/{number}.txt").write_text("one two three four " * (40 if number else 4000))
+    few = command("data", "prepare", "text", "--out", "few").out
+    assert "Only " in few
+    assert "tokens are held out: losses on them will be noise" in few
+    assert "vocabulary: " in few
+    many = command(
+        "data", "prepare", "text", "--out", "many", "--preset", "bytes", "--validation-fraction", "0.9"
+    )
+    assert "held out" not in many.out
+    assert "vocabulary: 265 tokens" in many.out
+
+
 def test_data_prepare_with_a_tokenizer_that_is_there(command):
     Path("text").mkdir()
     Path("text/a.txt").write_text("one\n" * 50)

@@ -102,6 +102,14 @@ def test_one_changed_bit(folder, file):
     refused(lambda: verify(folder), file)
 
 
+def test_an_edited_file_says_how_to_keep_the_edit(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "chat": True}))
+    refused(lambda: load_model(folder), "config.json", "If you edited config.json, delete manifest.json.")
+    (folder / "manifest.json").unlink()
+    load_model(folder)
+
+
 @pytest.mark.parametrize(
     "text",
     [

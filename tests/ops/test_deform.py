@@ -1,20 +1,16 @@
 """The operator against its definition: values, gradients, causality, determinism, torch.library."""
 
 import itertools
-import os
-import signal
 import threading
-import time
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from oracle import assert_same, loop_deform
 
 from starlm.errors import InputError
-from starlm.ops import cpu, deform
+from starlm.ops import deform
 from starlm.ops.reference import deform_reference
 
 LENGTHS = (1, 2, 3, 63, 64, 65, 129, 1000, 4097)
@@ -303,45 +299,6 @@ def test_python_threads_may_call_it_at_once():
     for thread in threads:
         thread.join()
     assert all(torch.equal(result, wanted) for result in results)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_threads_work_after_a_fork():
-    """Threads do not survive a fork: the child must not wait for the parent's.
-
-    Torch's own operations are left out, since OpenMP hangs after a fork, whatever StarLM does.
-    """
-    done = np.zeros(1000)
-
-    def fill(begin, end):
-        done[begin:end] += 1
-
-    cpu._spread(fill, done.size, cpu.SERIAL_ELEMENTS)
-    parent_pool = cpu._pool()
-    child = os.fork()
-    if child == 0:
-        # Nothing may escape into pytest's copy in the child.
-        try:
-            cpu._spread(fill, done.size, cpu.SERIAL_ELEMENTS)
-            ok = cpu._pool() is not parent_pool and cpu._pool().submit(lambda: 7).result(timeout=5) == 7
-            os._exit(0 if ok and (done == 2).all() else 1)
-        finally:
-            os._exit(1)
-    assert exit_code(child, seconds=20) == 0
-    assert cpu._pool() is parent_pool
-
-
-def exit_code(child, seconds):
-    """The child's exit code; one that hangs is killed and fails."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail(f"the child was still running after {seconds} s")
 
 
 def test_library_registration():

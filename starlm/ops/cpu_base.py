@@ -1,0 +1,106 @@
+"""What the CPU kernels share: how they are compiled, bfloat16, tensors as arrays, threads.
+
+bfloat16 travels as its uint16 bits and is widened one element at a time.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+# Below this many elements a thread hand-over costs more than the work.
+SERIAL_ELEMENTS = 1 << 15
+
+jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+def widen(x):
+    """The number that an element of a kernel's array stands for."""
+    raise AssertionError("only compiled code calls this")
+
+
+def store(out, index, x):
+    """Put a number into an element of a kernel's array, rounded to its dtype."""
+    raise AssertionError("only compiled code calls this")
+
+
+@overload(widen, inline="always")
+def _widen_overload(x):
+    if x == numba.types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@overload(store, inline="always")
+def _store_overload(out, index, x):
+    if out.dtype == numba.types.uint16:
+
+        def store_bf16(out, index, x):
+            if x == x:
+                bits = np.float32(x).view(np.uint32)
+                # Round to nearest, ties to even, on the upper 16 bits.
+                even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+                out[index] = np.uint16(np.uint32(bits + even) >> np.uint32(16))
+            else:
+                out[index] = np.uint16(0x7FC0)
+
+        return store_bf16
+
+    def store_plain(out, index, x):
+        out[index] = x
+
+    return store_plain
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The tensor, contiguous, as an array; bfloat16 as its bits."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def index(tensor: Tensor) -> np.ndarray:
+    """Integers as int64, contiguous."""
+    return tensor.to(torch.int64).contiguous().numpy()
+
+
+def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
+    """Run work(begin, end) over 0 .. count, in equal shares on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), count) if elements >= SERIAL_ELEMENTS else 1
+    if threads <= 1:
+        work(0, count)
+        return
+    ends = [count * i // threads for i in range(threads + 1)]
+    shares = [_pool().submit(work, *share) for share in pairwise(ends[1:])]
+    try:
+        work(ends[0], ends[1])
+    finally:
+        wait(shares)
+    for share in shares:
+        share.result()
+
+
+_POOL: ThreadPoolExecutor | None = None
+
+
+def _pool() -> ThreadPoolExecutor:
+    global _POOL
+    if _POOL is None:
+        _POOL = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="starlm-deform")
+    return _POOL
+
+
+def _forget_pool() -> None:
+    """Threads do not survive a fork; the child makes its own."""
+    global _POOL
+    _POOL = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

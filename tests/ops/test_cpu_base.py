@@ -1,0 +1,84 @@
+"""What the CPU kernels share."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from starlm.ops import cpu_base
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_threads_work_after_a_fork():
+    """Threads do not survive a fork: the child must not wait for the parent's.
+
+    Torch's own operations are left out, since OpenMP hangs after a fork, whatever StarLM does.
+    """
+    done = np.zeros(1000)
+
+    def fill(begin, end):
+        done[begin:end] += 1
+
+    cpu_base.spread(fill, done.size, cpu_base.SERIAL_ELEMENTS)
+    parent_pool = cpu_base._pool()
+    child = os.fork()
+    if child == 0:
+        # Nothing may escape into pytest's copy in the child.
+        try:
+            cpu_base.spread(fill, done.size, cpu_base.SERIAL_ELEMENTS)
+            ok = (
+                cpu_base._pool() is not parent_pool
+                and cpu_base._pool().submit(lambda: 7).result(timeout=5) == 7
+            )
+            os._exit(0 if ok and (done == 2).all() else 1)
+        finally:
+            os._exit(1)
+    assert exit_code(child, seconds=20) == 0
+    assert cpu_base._pool() is parent_pool
+
+
+def exit_code(child, seconds):
+    """The child's exit code; one that hangs is killed and fails."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail(f"the child was still running after {seconds} s")
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+def test_work_is_shared_out_whole(count):
+    done = np.zeros(count)
+
+    def fill(begin, end):
+        done[begin:end] += 1
+
+    cpu_base.spread(fill, count, cpu_base.SERIAL_ELEMENTS)
+    assert (done == 1).all()
+
+
+def test_an_error_in_a_thread_arrives():
+    def fail(begin, end):
+        if begin:
+            raise ValueError("from a share")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="from a share"):
+            cpu_base.spread(fail, 10, cpu_base.SERIAL_ELEMENTS)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_arrays_of_bfloat16_are_its_bits():
+    found = cpu_base.array(torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.bfloat16).T)
+    assert found.tolist() == [[0x3F80, 0x3F00], [0xC000, 0x0000]]
+    assert cpu_base.index(torch.tensor([1, 2], dtype=torch.int32)).dtype == np.int64
