@@ -147,8 +147,9 @@ class _Session:
         path = self._save() if self.start < horizon else self.run.checkpoint(horizon)
         result = self._validate()
         self._sample()
-        tokens = horizon * config.batch_tokens
-        return self._emit("end", seconds=self.seconds, **result, tokens=tokens, checkpoint=str(path))
+        # Here `tokens` are those of training.
+        result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(path)}
+        return self._emit("end", seconds=self.seconds, **result)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -180,7 +181,7 @@ class _Session:
             seconds=self.seconds,
         )
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> Record:
         most = self.config.eval_tokens or None
         validation = self.data.splits["validation"]
         result = evaluate(self.model, validation, self.tokenizer, max_tokens=most, precision=self.precision)
