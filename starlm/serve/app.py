@@ -40,9 +40,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": schemas.ErrorBody, "description": "Loading, or shutting down."},
     504: {"model": schemas.ErrorBody, "description": "The answer took too long."},
 }
+# Before version 3.2 OpenAPI has no word for the items of a stream; readers take the schema for that of each.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
         "description": "The answer; with `stream`, server-sent events of chunks, then `[DONE]`.",
     }
 }
