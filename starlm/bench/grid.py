@@ -80,9 +80,7 @@ def run(
         print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
     if any(peaks.values()):
-        print(
-            f"\nMiB that a call takes at its highest moment, above those before\n\n{_row(grid.axis, *peers)}"
-        )
+        print(f"MiB that a call takes at its highest moment, above those before\n\n{_row(grid.axis, *peers)}")
         for size in sorted(options.sizes):
             print(_row(f"{size:,}", *(_mebibytes(peaks.get((name, size))) for name in peers)))
     if options.plot is not None:

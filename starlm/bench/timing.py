@@ -7,13 +7,13 @@ import ctypes
 import gc
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+PROCESS = Path("/proc/self")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -54,21 +54,29 @@ def interleave(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key,
 
 
 def peak_memory(call: Callable[[], Any]) -> int | None:
-    """Bytes that the process held at the highest moment of a call, above those before; None but on Linux."""
-    if sys.platform != "linux":
-        return None
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        # What the allocator keeps for later would hide as much of the call's own.
-        libc.malloc_trim(0)
-    # The kernel then counts the peak from here on.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _held("VmRSS")
+    """Bytes that the process held at the highest moment of a call, above those before.
+
+    None where the system does not tell: only Linux does, and not in every sandbox.
+    """
+    before = _begin_peak()
     call()
-    return max(_held("VmHWM") - before, 0)
+    return None if before is None else max(_held("VmHWM") - before, 0)
+
+
+def _begin_peak() -> int | None:
+    """Have the kernel count the peak from here on; the bytes that are held now."""
+    gc.collect()
+    try:
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            # What the allocator keeps for later would hide as much of the call's own.
+            libc.malloc_trim(0)
+        (PROCESS / "clear_refs").write_text("5")
+        return _held("VmRSS")
+    except (OSError, TypeError):
+        return None
 
 
 def _held(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(rf"{name}:\s+(\d+) kB", (PROCESS / "status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,13 +1,13 @@
 """starlm demo: the whole way from text to a report, on the corpus that every machine has."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from starlm.cli.console import Console
-from starlm.cli.options import Verb
-from starlm.cli.plan import training_plan
-from starlm.cli.presets import DEMO_BASE, TRAIN
-from starlm.cli.train import HORIZON, say_result, vocabulary_of_data
+from starlm.cli.presets import DEMO_BASE
+from starlm.cli.train import VERBS as TRAINING
+from starlm.cli.train import say_result
 from starlm.train.config import TrainConfig
 
 
@@ -73,14 +73,10 @@ def _heading(text: str, console: Console) -> None:
 
 
 VERBS = {
-    "demo": Verb(
-        options=TrainConfig,
+    "demo": replace(
+        TRAINING["train"],
         run=run,
         base=DEMO_BASE,
-        presets=TRAIN,
-        one_of=HORIZON,
-        follow=vocabulary_of_data,
-        plan=training_plan,
         rerun="Run the same command again: finished stages are kept, and training goes on from its last "
         "checkpoint.",
     )

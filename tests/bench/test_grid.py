@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from starlm.bench import decode, layer, step
+from starlm.bench import decode, layer, step, timing
 from starlm.bench.config import DecodeOptions, LayerOptions, TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
 from starlm.bench.timing import peak_memory
@@ -76,7 +76,7 @@ def test_layers(tmp_path):
     assert len(layer.main(half, {})["cells"]) == len(names)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts it")
 def test_memory_of_a_call(capsys):
     def take(mebibytes):
         # Written to, for the kernel gives pages only then; let go before the call ends.
@@ -93,6 +93,17 @@ def test_memory_of_a_call(capsys):
     lines = capsys.readouterr().out.splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("MiB that a call takes"))
     assert [line.split()[0] for line in lines[begin + 2 :]] == ["T", "16", "64"]
+
+
+def test_memory_that_nobody_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "PROCESS", tmp_path / "none")
+    calls = []
+    assert peak_memory(lambda: calls.append(1)) is None
+    assert calls == [1]
+    grid = dataclasses.replace(GRID, memory=True)
+    cells = by_cell(run("layer", grid, {"a": Peer(make=lambda size: lambda: None)}, LAYER, {}))
+    assert cells["a", 16]["peak_bytes"] is None
+    assert "MiB" not in capsys.readouterr().out
 
 
 def test_steps():

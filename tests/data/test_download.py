@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from starlm.data import download
-from starlm.data.documents import iter_documents
+from starlm.data.documents import find_files, iter_documents
 from starlm.data.prepare import prepare
 from starlm.errors import InputError
 
@@ -298,6 +298,4 @@ def test_files_of_a_dataset_are_documents(tmp_path):
     for path in paths:
         path.parent.mkdir()
         path.write_text(str(path.parent.name))
-    from starlm.data.documents import find_files
-
     assert [d.source for d in iter_documents(find_files(paths))] == ["x.txt", "x.txt~2"]
