@@ -16,6 +16,7 @@ from starlm.errors import InputError, StarLMError
 
 if TYPE_CHECKING:
     from starlm.generate.chat import Message, Render
+    from starlm.generate.request import Piece
     from starlm.generate.text import TextModel
 
 # Lines of at most 76 characters: a terminal of 80 breaks longer ones anywhere.
@@ -145,8 +146,8 @@ class Session:
         self.messages.append(_message("user", text))
         pieces = []
         for piece in self._answer():
-            pieces.append(piece)
-            self.out.file.write(self.console.shown(piece))
+            pieces.append(piece.text)
+            self.out.file.write(self.console.shown(piece.text))
             self.out.file.flush()
         self.out.file.write("\n")
         self._keep("".join(pieces))
@@ -219,7 +220,7 @@ class Session:
         """Answer the last message; `otherwise` is the conversation if no answer comes."""
         from starlm.cli.markdown import MarkdownStream
 
-        pieces: list[str] = []
+        pieces: list[Piece] = []
         began = time.perf_counter()
         first = began
         stopped = False
@@ -231,31 +232,32 @@ class Session:
                     first = first if pieces else time.perf_counter()
                     pieces.append(piece)
                     if stream:
-                        stream.push(piece)
+                        stream.push(piece.text)
                     else:
-                        self.out.out(printable(piece), end="", highlight=False)
+                        self.out.out(printable(piece.text), end="", highlight=False)
         except KeyboardInterrupt:
             stopped = True
         except BaseException:
             self.messages = otherwise
             raise
-        text = "".join(pieces)
+        text = "".join(piece.text for piece in pieces)
         if not stream:
             self.out.print("" if text.endswith("\n") else "\n")
         if stopped and not text.strip():
             self.messages = otherwise
             self._note("stopped before anything came; your message is taken back")
             return
-        tokens = self._keep(text)
         seconds = time.perf_counter() - first
+        self._keep(text)
+        tokens = sum(len(piece.tokens) for piece in pieces)
         speed = f", {(tokens - 1) / seconds:,.1f} tokens/s" if tokens > 1 else ""
         if stopped:
             end = ", stopped"
         else:
-            end = ", as many as max_tokens allows" if tokens >= self.options.max_tokens else ""
+            end = ", as many as max_tokens allows" if pieces[-1].finish == "length" else ""
         self._note(f"{tokens:,} tokens{speed}, the first after {first - began:.2f} s{end}\n")
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self) -> "Iterator[Piece]":
         from starlm.generate.chat import answer
 
         sampling = self.sampling
@@ -264,28 +266,26 @@ class Session:
             sampling = replace(sampling, seed=sampling.seed + self.figures["answers"])
         began = time.perf_counter()
         try:
-            yield from answer(
+            for piece in answer(
                 self.engine,
                 self.messages,
                 render=self.render,
                 max_tokens=self.options.max_tokens,
                 sampling=sampling,
-            )
+            ):
+                self.figures["tokens"] += len(piece.tokens)
+                yield piece
         finally:
             self.figures["seconds"] += time.perf_counter() - began
             self.figures["answers"] += 1
 
-    def _keep(self, text: str) -> int:
-        """Add an answer to the conversation, and save it if that was asked for; the answer's tokens."""
+    def _keep(self, text: str) -> None:
+        """Add an answer to the conversation, and save it if that was asked for."""
         from starlm.generate.chat import write_conversation
 
         self.messages.append(_message("assistant", text))
-        # Counted from the text: the stream gives characters, which may take several tokens.
-        tokens = len(self.engine.model.tokenizer.encode(text))
-        self.figures["tokens"] += tokens
         if self.options.save is not None:
             write_conversation(self.options.save, self.messages)
-        return tokens
 
     def _command(self, text: str) -> bool:
         """Run a command; whether it is the last one."""

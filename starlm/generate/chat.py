@@ -22,7 +22,7 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
 from starlm.generate.engine import Engine
-from starlm.generate.request import Request
+from starlm.generate.request import Piece, Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 from starlm.model.checkpoint import read_json
@@ -70,8 +70,8 @@ def answer(
     render: Render | None,
     max_tokens: int,
     sampling: Sampling,
-) -> Iterator[str]:
-    """The next message of the assistant, in pieces of whole characters, as they come.
+) -> Iterator[Piece]:
+    """The next message of the assistant, in pieces as they come.
 
     Args:
         engine: of a `speaker`; reads only what its prefix cache does not hold of the conversation.
@@ -83,8 +83,7 @@ def answer(
     tokens, begin = prompt(engine.model, messages, render)
     stream = engine.submit(Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling, begin=begin))
     try:
-        for piece in stream:
-            yield piece.text
+        yield from stream
     finally:
         # Who stops listening no longer waits for the rest.
         stream.cancel()

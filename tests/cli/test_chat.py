@@ -120,8 +120,9 @@ def test_a_base_model(terminal, base, tmp_path):
     assert "a base model): it continues your text" in greeting
     chat.until("> ")
     chat.enter("def f(x):")
-    assert re.search(r"\d+ tokens(, [\d.,]+ tokens/s)?, the first after [\d.]+ s", chat.until(" s"))
-    chat.until("> ")
+    line = re.search(r"(\d+) tokens(, [\d.,]+ tokens/s)?, the first after [\d.]+ s", chat.until(" s"))
+    assert line is not None
+    assert ("as many as max_tokens allows" in chat.until("> ")) == (line[1] == "9")
     chat.type("a\x1b\rb\\\r")
     chat.until("· ")
     # A paste of two lines.
@@ -226,7 +227,8 @@ def test_one_message_through_a_pipe(command, monkeypatch, base):
     assert done.out == command("generate", *options, "--prompt", "def f(x):\n").out
     found = talk(command, monkeypatch, "def f(x):\n", *options, "--json").json
     assert [m["content"] for m in found["messages"]] == ["def f(x):\n", done.out[:-1]]
-    assert found["tokens"] > 0
+    # Those that were drawn, not those that the text would be cut into again.
+    assert found["tokens"] == 12
 
 
 def test_one_message_through_a_pipe_to_a_terminal(command, monkeypatch, base):

@@ -128,9 +128,13 @@ def test_as_text():
     assert as_text([Message("user", "a\n"), Message("assistant", "b\n"), Message("user", "c ")]) == "a\nb\nc "
 
 
+def spoken(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
 def test_answers_continue_the_text(model):
     sampling = Sampling(seed=3, temperature=0.7)
-    got = "".join(answer(engine_of(model), TALK, render=None, max_tokens=12, sampling=sampling))
+    got = spoken(answer(engine_of(model), TALK, render=None, max_tokens=12, sampling=sampling))
     assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=3, temperature=0.7)
 
 
@@ -143,9 +147,8 @@ def test_answers_after_a_template(model, monkeypatch):
     def said(*tokens):
         script = iter(tokens)
         monkeypatch.setattr("starlm.generate.engine.choose", lambda logits, samplers: [next(script)])
-        return list(
-            answer(engine_of(model), TALK, render=render, max_tokens=len(tokens), sampling=Sampling())
-        )
+        pieces = answer(engine_of(model), TALK, render=render, max_tokens=len(tokens), sampling=Sampling())
+        return [piece.text for piece in pieces]
 
     for end in ("<|assistant_end|>", "<|user_start|>"):
         got = said(*tokenizer.encode("Hi"), *euro, tokenizer.special[end], 260, 261)
@@ -164,7 +167,7 @@ def test_answers_after_a_template_are_the_models(model):
     new = tokens[-9:]
     assert not {tokenizer.bos, *(tokenizer.special[name] for name in ENDS)} & set(new)
     greedy = Sampling(temperature=0)
-    got = "".join(answer(engine_of(model), TALK, render=render, max_tokens=9, sampling=greedy))
+    got = spoken(answer(engine_of(model), TALK, render=render, max_tokens=9, sampling=greedy))
     assert got == tokenizer.decode(new)
 
 
@@ -173,9 +176,9 @@ def test_a_turn_reads_on_where_the_one_before_ended(model):
     talk, sampling = [Message("user", "Be brief. " * 20)], Sampling(temperature=0)
     for turn in range(3):
         before = engine.stats()
-        got = "".join(answer(engine, talk, render=render, max_tokens=6, sampling=sampling))
+        got = spoken(answer(engine, talk, render=render, max_tokens=6, sampling=sampling))
         fresh = answer(engine_of(model), talk, render=render, max_tokens=6, sampling=sampling)
-        assert got == "".join(fresh)
+        assert got == spoken(fresh)
         cached = engine.stats().cached_tokens - before.cached_tokens
         asked = engine.stats().prompt_tokens - before.prompt_tokens
         # What an untrained model said may be other tokens when it is read again.
@@ -190,7 +193,7 @@ def test_who_stops_listening_frees_the_slot(model):
     assert engine.stats().used_slots == 1
     pieces.close()
     assert engine.stats().used_slots == 0
-    assert "".join(answer(engine, TALK, render=None, max_tokens=3, sampling=Sampling(temperature=0)))
+    assert spoken(answer(engine, TALK, render=None, max_tokens=3, sampling=Sampling(temperature=0)))
 
 
 def test_files_come_back(tmp_path):
