@@ -66,20 +66,17 @@ def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p", *penalties, "seed", "stop")
     chosen = {name: getattr(options, name) for name in names}
     out = console.human
-    pieces: list[str] = []
+    text, tokens = "", 0
     began = time.perf_counter()
-    stream = model.stream(prompt, max_tokens=options.max_tokens, **chosen)
+    pieces = model.pieces(prompt, max_tokens=options.max_tokens, **chosen)
     if out.isatty():
         out.write(f"\x1b[1m{console.shown(prompt)}\x1b[0m")
-    for piece in stream:
-        pieces.append(piece)
-        out.write(console.shown(piece))
+    for piece in pieces:
+        text, tokens = text + piece.text, tokens + len(piece.tokens)
+        out.write(console.shown(piece.text))
         out.flush()
     seconds = time.perf_counter() - began
     out.write("\n")
-    text = "".join(pieces)
-    # Counted from the text: the stream gives characters, which may take several tokens.
-    tokens = len(model.tokenizer.encode(text))
     return {"text": text, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 

@@ -16,7 +16,7 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.device import pick_device
 from starlm.errors import InputError
 from starlm.generate.engine import Engine
-from starlm.generate.request import Request
+from starlm.generate.request import Piece, Request
 from starlm.generate.sampling import Sampling
 from starlm.model.checkpoint import find_checkpoint, load_model
 from starlm.model.config import StarLMConfig
@@ -79,7 +79,14 @@ class TextModel:
     def stream(
         self, prompt: str, *, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling
     ) -> Iterator[str]:
-        """The continuation of `prompt`, in pieces of whole characters, as they come.
+        """The text of `pieces`: whole characters, as they come."""
+        pieces = self.pieces(prompt, max_tokens=max_tokens, stop=stop, **sampling)
+        return (piece.text for piece in pieces)
+
+    def pieces(
+        self, prompt: str, *, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling
+    ) -> Iterator[Piece]:
+        """The continuation of `prompt`, as it comes: text, tokens, and at the end why it ends.
 
         An `Engine` for this one request, which works while the pieces are asked for.
 
@@ -100,16 +107,7 @@ class TextModel:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             begin=begin,
         )
-        return self.answer(request)
-
-    def answer(self, request: Request) -> Iterator[str]:
-        """The text of one answer, in pieces of whole characters, as they come.
-
-        Raises:
-            InputError: a request whose decode state does not fit into memory.
-        """
-        engine = Engine(self, slots=1, prefill_chunk=CHUNK, cache_bytes=0)
-        return (piece.text for piece in engine.submit(request))
+        return Engine(self, slots=1, prefill_chunk=CHUNK, cache_bytes=0).submit(request)
 
 
 def _fitting(tokenizer: Tokenizer, begin: bytes) -> Tensor:

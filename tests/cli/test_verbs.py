@@ -153,12 +153,13 @@ def fake_model(stand_in):
     asked = []
 
     class Model:
-        tokenizer = SimpleNamespace(encode=list, fingerprint="a fingerprint")
+        tokenizer = SimpleNamespace(fingerprint="a fingerprint")
         model = SimpleNamespace()
 
-        def stream(self, prompt, **options):
+        def pieces(self, prompt, **options):
             asked.append((prompt, options))
-            yield from (prompt, "!")
+            yield SimpleNamespace(text=prompt, tokens=("1",))
+            yield SimpleNamespace(text="!", tokens=("2", "3", "4"))
 
     def load(path, device="auto"):
         if not Path(path).exists():
@@ -191,7 +192,7 @@ def test_generate_on_a_terminal(command, fake_model, monkeypatch):
 def test_generate_json(command, fake_model):
     done = command("generate", "--model", "m", "--prompt", "ab", "--json", "--preset", "greedy")
     assert done.err == "ab!\n"
-    assert (done.json["text"], done.json["tokens"]) == ("ab!", 3)
+    assert (done.json["text"], done.json["tokens"]) == ("ab!", 4)
     assert done.json["tokens_per_second"] > 0
     assert fake_model[0][1]["temperature"] == 0
 

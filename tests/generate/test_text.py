@@ -84,6 +84,17 @@ def test_max_tokens(count):
     assert model.generate("", max_tokens=0) == ""
 
 
+def test_pieces_are_what_was_drawn():
+    """A text cut into tokens again has others than an untrained model drew."""
+    model = make()
+    pieces = list(model.pieces("def", max_tokens=20, seed=3, temperature=1.0))
+    assert sum(len(piece.tokens) for piece in pieces) == 20
+    assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    text = "".join(piece.text for piece in pieces)
+    assert text == "".join(model.stream("def", max_tokens=20, seed=3, temperature=1.0))
+    assert len(TOKENIZER.encode(text)) != 20
+
+
 def test_seed():
     model = make()
     one, two, three = (model.generate("def", max_tokens=30, seed=seed) for seed in (1, 1, 2))
