@@ -35,6 +35,8 @@ class PrepareOptions:
     """Share of the documents that is held out for validation."""
     text_field: str = "text"
     """Key or column that holds the text in .jsonl and .parquet."""
+    skip_unreadable: bool = False
+    """Pass over .txt, .md and .py files that cannot be read or are not UTF-8. Else the first is an error."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 
@@ -62,9 +64,13 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
             tokenizer=options.tokenizer,
             validation_fraction=options.validation_fraction,
             text_field=options.text_field,
+            skip_unreadable=options.skip_unreadable,
             overwrite=options.overwrite,
             progress=progress,
         )
+    if report.skipped:
+        more = ", ..." if report.skipped > len(report.skipped_first) else ""
+        console.say(f"Passed over {report.skipped:,} without text: {', '.join(report.skipped_first)}{more}")
     held_out = _say_splits(options.out, console)["validation"]["tokens"]
     if held_out < FEW:
         console.say(

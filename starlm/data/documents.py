@@ -45,7 +45,7 @@ class SourceFile:
     name: str
     """Path relative to the folder that was asked for, with "/": the same on every machine. Unique."""
     required: bool = True
-    """Whether a content that is not text is an error; otherwise it counts as empty."""
+    """Whether it is an error that the file cannot be read or is not text; otherwise it counts as empty."""
 
 
 def find_files(paths: Iterable[str | Path]) -> list[SourceFile]:
@@ -204,7 +204,12 @@ def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document]:
 
 
 def _read_text(file: SourceFile) -> str:
-    data = file.path.read_bytes()
+    try:
+        data = file.path.read_bytes()
+    except OSError:
+        if file.required:
+            raise
+        return ""
     try:
         offset, what = data.index(b"\0"), "a NUL byte"
     except ValueError:
@@ -216,7 +221,7 @@ def _read_text(file: SourceFile) -> str:
         return ""
     raise InputError(
         f"{file.path} is not a text file: at byte offset {offset} there is {what}. Convert the file to "
-        f"UTF-8, or leave it out."
+        f"UTF-8, leave it out, or pass over all such files with --skip-unreadable (skip_unreadable=True)."
     )
 
 

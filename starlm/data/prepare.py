@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ from starlm.files import readable_os_errors, settle, sha256, whole_folder
 TOKENIZER_BYTES = 50_000_000
 # Characters encoded in one go: enough for all cores, few enough for the library's memory.
 _BATCH = 1 << 22
+# How many of the documents that were passed over are named.
+_NAMED = 10
 _OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
 
 
@@ -54,7 +56,9 @@ class PrepareReport:
     bytes: dict[str, int]
     """UTF-8 bytes of the text."""
     skipped: int
-    """Files, lines and rows without text."""
+    """Files, lines and rows without text, and files passed over by `skip_unreadable`."""
+    skipped_first: tuple[str, ...]
+    """The first of them."""
     seconds: float
 
     @property
@@ -71,6 +75,7 @@ def prepare(
     tokenizer: str | Path | None = None,
     validation_fraction: float = 0.05,
     text_field: str = "text",
+    skip_unreadable: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -90,6 +95,8 @@ def prepare(
         tokenizer: a tokenizer.json, or a folder with one, to use instead of training one.
         validation_fraction: expected share of documents in validation, between 0 and 1.
         text_field: the key or column that holds the text in .jsonl and .parquet.
+        skip_unreadable: pass over files of plain text that cannot be read or are not UTF-8, as over empty
+            ones. Otherwise the first is an error.
         shard_tokens: tokens of one file at most, unless a single document has more.
         overwrite: write anew, replacing prepared data in `out`. Other folders are never replaced.
         progress: called with a stage ("bytes downloaded", "read", "tokenizer", "encode"), and how much of how
@@ -104,12 +111,15 @@ def prepare(
         raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
     out = Path(out)
     files = _find(sources, report)
+    if skip_unreadable:
+        files = [replace(file, required=False) for file in files]
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     options = {
         "tokenizer": given.fingerprint if given else None,
         "vocab_size": None if given else vocab_size,
         "validation_fraction": validation_fraction,
         "text_field": text_field,
+        "skip_unreadable": skip_unreadable,
         "shard_tokens": shard_tokens,
     }
     identity = _identity(files, options)
@@ -153,7 +163,8 @@ def prepare(
                 "preparation": identity,
                 "options": options,
                 "files": len(files),
-                "skipped": plan.skipped,
+                "skipped": len(plan.skipped),
+                "skipped_first": plan.skipped[:_NAMED],
             },
         }
         if _identity(files, options) != identity:
@@ -170,7 +181,7 @@ class _Plan:
     text_field: str
     fraction: float
     count: int
-    skipped: int
+    skipped: list[str]
     limit: int
     """Documents whose `position_of` lies below are validation."""
 
@@ -192,7 +203,7 @@ class _Plan:
             text_field=text_field,
             fraction=fraction,
             count=count,
-            skipped=len(skipped),
+            skipped=skipped,
             limit=limit,
         )
 
@@ -252,13 +263,24 @@ def _find(sources: Iterable[str | Path] | str, report: Progress) -> list[SourceF
 def _identity(files: list[SourceFile], options: dict[str, Any]) -> str:
     """SHA-256 of what the result depends on: names, sizes and times of the sources, options, format."""
     try:
-        stats = [(file.name, file.path.stat()) for file in files]
+        stats = [(file.name, *_stamp(file)) for file in files]
     except OSError as error:
         raise InputError(
             f"{error.filename} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from None
-    content = [VERSION, options, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+    content = [VERSION, options, stats]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _stamp(file: SourceFile) -> tuple[int, int]:
+    """Size and time of a file; of one that may be missing and is, none."""
+    try:
+        stat = file.path.stat()
+    except OSError:
+        if file.required:
+            raise
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _check_out(out: Path, identity: str, overwrite: bool) -> TokenData | None:
@@ -307,5 +329,6 @@ def _report(meta: dict[str, Any], out: Path, *, reused: bool, seconds: float) ->
         tokens={name: splits[name]["tokens"] for name in SPLITS},
         bytes={name: splits[name]["bytes"] for name in SPLITS},
         skipped=meta["sources"]["skipped"],
+        skipped_first=tuple(meta["sources"]["skipped_first"]),
         seconds=seconds,
     )

@@ -119,6 +119,21 @@ def test_a_source_named_twice_is_read_once(corpus, tmp_path):
         assert again.tokens == once.tokens
 
 
+def test_unreadable_files_are_passed_over_if_asked(corpus, tmp_path):
+    text, out = corpus / "text", tmp_path / "out"
+    wanted = prepare([text], tmp_path / "wanted", vocab_size=270)
+    (text / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(
+        InputError, match=r"latin\.txt is not a text file: at byte offset 2 .*--skip-unreadable"
+    ):
+        prepare([text], out, vocab_size=270)
+    (text / "gone.txt").symlink_to(text / "nothing")
+    for reused in (False, True):
+        report = prepare([text], out, vocab_size=270, skip_unreadable=True)
+        assert (report.reused, report.tokens) == (reused, wanted.tokens)
+        assert report.skipped_first == ("gone.txt", "latin.txt")
+
+
 def test_the_report_counts(corpus, tmp_path):
     write(corpus / "text", empty="", blank=" \n")
     stages = []
@@ -127,6 +142,7 @@ def test_the_report_counts(corpus, tmp_path):
     )
     assert (report.out, report.reused, report.vocab_size) == (tmp_path / "out", False, 270)
     assert report.skipped == 2
+    assert report.skipped_first == ("blank.txt", "empty.txt")
     texts = {name: texts_of(tmp_path / "out", name) for name in ("train", "validation")}
     assert report.documents == {name: len(found) for name, found in texts.items()}
     assert report.bytes == {name: len("".join(found).encode()) for name, found in texts.items()}
