@@ -71,6 +71,7 @@ def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
         unit="ms per token",
         value=lambda seconds, _: seconds / options.tokens * 1e3,
         baseline=LIMIT,
+        together=True,
     )
     result = run("decode", grid, peers, options, machine)
     print(f"\n{weights.nbytes / 2**20:.0f} MiB of weights are read for each token. Decode state, MiB:")

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Grid:
     """The peer that the others are compared with: so many times its seconds."""
     memory: bool = False
     """Whether the memory that a call takes is of interest, too."""
+    together: bool = False
+    """Whether it is the sizes that are compared, so that all of them go by in the same rounds."""
 
 
 def run(
@@ -59,10 +62,12 @@ def run(
     timings: dict[tuple[str, int], Timing] = {}
     skipped: dict[tuple[str, int], str] = {}
     peaks: dict[tuple[str, int], int | None] = {}
-    for number, size in enumerate(sorted(options.sizes)):
+    sizes = sorted(options.sizes)
+    known: dict[tuple[str, int], float] = {}
+    for group in [sizes] if grid.together else [[size] for size in sizes]:
         calls = {}
-        for name, peer in peers.items():
-            seconds = 0.0 if peer.cost is None else _predict(name, size, peer.cost, timings)
+        for size, (name, peer) in product(group, peers.items()):
+            seconds = 0.0 if peer.cost is None else _predict(name, size, peer.cost, known)
             if seconds > options.limit_seconds:
                 skipped[name, size] = (
                     f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
@@ -70,18 +75,23 @@ def run(
                 continue
             calls[name, size] = peer.make(size)
             if grid.memory:
-                if not number:
+                if size == sizes[0]:
                     # Compiling takes memory, too.
                     calls[name, size]()
                 peaks[name, size] = peak_memory(calls[name, size])
             else:
+                start = time.perf_counter()
                 calls[name, size]()
-        timings |= interleave(calls, options.repeats)
-        print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
+                known[name, size] = time.perf_counter() - start
+        found = interleave(calls, options.repeats)
+        timings |= found
+        known |= {key: timing.median for key, timing in found.items()}
+        for size in group:
+            print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
     if any(peaks.values()):
         print(f"MiB that a call takes at its highest moment, above those before\n\n{_row(grid.axis, *peers)}")
-        for size in sorted(options.sizes):
+        for size in sizes:
             print(_row(f"{size:,}", *(_mebibytes(peaks.get((name, size))) for name in peers)))
     if options.plot is not None:
         from starlm.bench.plot import Line, draw
@@ -89,7 +99,7 @@ def run(
         points = {
             name: [
                 (size, grid.value(timings[name, size].median, size))
-                for size in sorted(options.sizes)
+                for size in sizes
                 if (name, size) in timings
             ]
             for name in peers
@@ -124,11 +134,11 @@ def run(
 
 
 def _predict(
-    name: str, size: int, cost: Callable[[int], float], timings: Mapping[tuple[str, int], Timing]
+    name: str, size: int, cost: Callable[[int], float], known: Mapping[tuple[str, int], float]
 ) -> float:
     """Seconds of a call, from the next smaller size; 0 without one."""
-    known = {s: timing for (peer, s), timing in timings.items() if peer == name}
-    return known[max(known)].median * cost(size) / cost(max(known)) if known else 0.0
+    seconds = {s: found for (peer, s), found in known.items() if peer == name}
+    return seconds[max(seconds)] * cost(size) / cost(max(seconds)) if seconds else 0.0
 
 
 def _ratio(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], Timing]) -> float | None:

@@ -43,8 +43,8 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
         name, make = layers[key]
         peers[name] = Peer(
             make=lambda length, make=make: _layer(make(), options, length),
-            # At a constant number of tokens.
-            cost=float if key == "attention" else None,
+            # Per token, of which there are always as many, 8 D² of products and 4 D T of attention.
+            cost=(lambda length: 2 * dim + length) if key == "attention" else None,
         )
     grid = Grid(
         axis="T",

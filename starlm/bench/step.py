@@ -37,7 +37,10 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
     peers = {
         name: Peer(
             make=lambda length, settings=settings: _step(settings, options, length),
-            cost=(lambda length: options.rows(length) * length**2) if name == TRANSFORMER else None,
+            # Per token 24 D² of products in a block, and 4 D T of attention.
+            cost=(lambda length: options.rows(length) * length * (6 * options.dim + length))
+            if name == TRANSFORMER
+            else None,
         )
         for name, settings in MODELS.items()
     }

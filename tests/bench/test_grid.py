@@ -42,6 +42,16 @@ def test_a_table_of_two_peers(capsys):
     assert "ms per call: median" in out
 
 
+def test_sizes_that_are_compared_go_by_together(capsys):
+    calls = []
+    peers = {"a": Peer(make=lambda size: lambda: calls.append(size))}
+    result = run("layer", dataclasses.replace(GRID, together=True), peers, LAYER, {})
+    assert calls == [16, 64, 16, 64, 64, 16]
+    assert set(by_cell(result)) == {("a", 16), ("a", 64)}
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:9].strip().isdigit()]
+    assert rows == ["16", "64"]
+
+
 def test_what_would_take_too_long_is_named_not_hidden(capsys):
     options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, limit_seconds=0.0)
     fast = Peer(make=lambda size: lambda: None)
@@ -61,8 +71,8 @@ def test_what_a_longer_call_would_take_follows_from_its_cost():
     result = step.main(options, {})
     (row,) = result["skipped"]
     (before,) = by_cell(result)[step.TRANSFORMER, 32]["seconds"]
-    # One row of 256 tokens, where two of 32 were: eight times as long, half as many.
-    assert float(row["why"].split()[1]) == pytest.approx(before * 8**2 / 2, rel=0.06)
+    # 256 tokens where 64 were; each costs 6 D + T: 352 where it was 128.
+    assert float(row["why"].split()[1]) == pytest.approx(before * 4 * 352 / 128, rel=0.06)
 
 
 def test_layers(tmp_path):
