@@ -9,27 +9,18 @@ amplifies slowly.
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
-from unittest.mock import patch
 
 import torch
 
-import starlm.model.model
-import starlm.nn.deformer
-import starlm.ops.box
-import starlm.ops.elementwise
 from starlm.data.loader import PackedLoader
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
-from starlm.ops import deform
-from starlm.ops.anchors import anchors_reference
+from starlm.ops import plain
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
 
@@ -37,30 +28,13 @@ RESULTS = Path(__file__).parent / "results" / "reference"
 DATA = Path("runs/experiments/data/embedded")
 
 
-@contextmanager
-def plain() -> Iterator[None]:
-    """Layers without any operator of ours: `deform` by its definition, and nothing fused."""
-    places = {
-        "deform": (partial(deform, backend="reference"), (starlm.nn.deformer, starlm.ops.box)),
-        "fuses": (lambda x: False, (starlm.nn.deformer, starlm.ops.elementwise)),
-        "anchors": (anchors_reference, (starlm.model.model,)),
-    }
-    with ExitStack() as stack:
-        for name, (function, modules) in places.items():
-            for module in modules:
-                stack.enter_context(patch.object(module, name, function))
-        yield
-
-
 def losses(config: StarLMConfig, steps: int, data: TokenData, *, fused: bool) -> tuple[list[float], float]:
     """Training losses, and the seconds that the steps took."""
     with nullcontext() if fused else plain():
-        return _losses(config, steps, data, "mean" if fused else "none")
+        return _losses(config, steps, data)
 
 
-def _losses(
-    config: StarLMConfig, steps: int, data: TokenData, reduction: Literal["mean", "none"]
-) -> tuple[list[float], float]:
+def _losses(config: StarLMConfig, steps: int, data: TokenData) -> tuple[list[float], float]:
     torch.manual_seed(0)
     model, found, began = StarLM(config), [], time.perf_counter()
     optimizers = Optimizers(model, OptimConfig())
@@ -68,8 +42,7 @@ def _losses(
     for step in range(steps):
         batch = next(batches)
         inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
-        # With "none" the loss is PyTorch's own, of all logits.
-        loss = model.loss(inputs, targets, first=first, reduction=reduction).mean()
+        loss = model.loss(inputs, targets, first=first)
         loss.backward()
         optimizers.step(step, steps)
         found.append(loss.item())

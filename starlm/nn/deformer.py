@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
 from starlm.ops.elementwise import fuses
 from starlm.ops.mix import mix
+from starlm.ops.plain import is_plain
 from starlm.ops.reference import rows_read
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
@@ -107,6 +109,7 @@ class Deformer(nn.Module):
             "box": slice(heads - boxes, heads),
         }
         self.spans = {name: span for name, span in spans.items() if span.start < span.stop}
+        self._counts = {"near": near, "boxes": boxes}
         if preset == "product":
             self.query, self.key = linear(dim, dim), linear(dim, dim)
             self.query_shift, self.key_shift = self._shift_projection(), self._shift_projection()
@@ -197,8 +200,11 @@ class Deformer(nn.Module):
         state: LayerState | None,
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), gated; `stream` names its rows in the state."""
-        if state is None and fuses(values):
-            return self._mix(values, shift, gate, first, origins)
+        if state is None:
+            if fuses(values):
+                return self._mix(values, shift, gate, first, origins)
+        elif (stepped := self._step(stream, values, shift, gate, first, origins, state)) is not None:
+            return stepped
         values = rms(values.unflatten(-1, (self.heads, -1)))
         read = []
         for name, distance in self._distances(shift).items():
@@ -238,10 +244,37 @@ class Deformer(nn.Module):
         heads = (self.heads, -1)
         values, shift = values.unflatten(-1, heads), shift.unflatten(-1, heads)
         gate = None if gate is None else gate.unflatten(-1, heads)
-        origin = torch.stack([origins[n] for n in self.orders], dim=-1) if self.orders else None
-        near, boxes = self.kinds.count("now"), self.kinds.count("box")
-        y = mix(values, shift, gate, origin, first=first, near=near, boxes=boxes, max_shift=self.max_shift)
-        return y.flatten(-2)
+        layout = {**self._counts, "max_shift": self.max_shift}
+        return mix(values, shift, gate, self._origin(origins), first=first, **layout).flatten(-2)
+
+    def _origin(self, origins: Mapping[int, Int[Tensor, "B T"]]) -> Int[Tensor, "B T A"] | None:
+        return torch.stack([origins[n] for n in self.orders], dim=-1) if self.orders else None
+
+    def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B 1 D"] | None:
+        """`_read` of one new token of each slot in one call; None where that cannot be."""
+        here = values.device.type == "cpu" and state.rows_device in (None, values.device)
+        if values.shape[1] != 1 or not here or is_plain():
+            return None
+        from starlm.ops import cpu_step  # numba takes half a second to import
+
+        inputs = [x for x in (values, shift, gate) if x is not None]
+        if values.dtype not in cpu_step.DTYPES or any(x.dtype != values.dtype for x in inputs):
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return None
+        streams = np.zeros((3, 3, len(values)), np.int64)
+        for kind, name in enumerate(("now", "anchored", "box")):
+            if name in self.spans:
+                keep, sums = None if name == "anchored" else self.max_shift, name == "box"
+                span, dtype = self.spans[name], torch.float64 if sums else values.dtype
+                like = values.new_empty(0, span.stop - span.start, self.dim // self.heads, dtype=dtype)
+                places = state.reserve(f"{stream}.{name}", keep, like, first, sums=sums)
+                if places is None:
+                    return None
+                streams[kind] = places
+        rows = [origins[n] for n in self.orders]
+        layout = {**self._counts, "heads": self.heads, "max_shift": self.max_shift}
+        return cpu_step.step(values, shift, gate, rows, streams, **layout)
 
     @torch.no_grad()
     def reads(
@@ -299,7 +332,7 @@ class Deformer(nn.Module):
         origins: Mapping[int, Tensor],
         state: LayerState | None,
     ):
-        origin = torch.stack([origins[n] for n in self.orders], dim=-1)
+        origin = self._origin(origins)
         if state is None:
             return deform(values, z, origin=origin, first=first)
         return state.read(stream, values, z, origin=origin, first=first)

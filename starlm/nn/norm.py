@@ -1,5 +1,5 @@
 """RMSNorm without parameters."""
 
-from starlm.ops.elementwise import rms
+from starlm.ops.elementwise import rms, rms_unseen
 
-__all__ = ["rms"]
+__all__ = ["rms", "rms_unseen"]

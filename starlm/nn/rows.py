@@ -43,6 +43,10 @@ class Rows:
         self.size = start + count
         return start
 
+    def fits(self, like: Tensor) -> bool:
+        """Whether the rows held, if any, are of the dtype and on the device of `like`."""
+        return self.data is None or (self.data.dtype == like.dtype and self.data.device == like.device)
+
     def _grow(self, count: int, length: int, like: Tensor) -> None:
         old, was = self.data, self.base
         capacity = 0 if old is None else old.shape[0]

@@ -11,9 +11,6 @@ from starlm.nn.rows import Rows
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
 
-# What the kernel that reads many slots at once can hold.
-_FUSED = (torch.float32, torch.float64, torch.bfloat16)
-
 
 class Streams:
     """The streams of rows that one layer keeps of one sequence."""
@@ -114,12 +111,6 @@ class LayerState:
         origin: Tensor | None,
         first: Tensor | None,
     ) -> Tensor:
-        if self._is_step(values, shift):
-            table = self._reserve(stream, keep, values, first, ahead=0)
-            if table is not None:
-                from starlm.ops import cpu  # numba takes half a second to import
-
-                return cpu.step(*table, values, shift, origin)
         read = []
         for slot, (rows, base) in enumerate(self.append(stream, values, keep)):
             one = slice(slot, slot + 1)
@@ -139,24 +130,9 @@ class LayerState:
         first: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T H C"], Float[Tensor, "B T H C"]]:
         """`starlm.ops.box.box` of the values, whose sums the stream holds, one row ahead."""
-        # The sum that goes on must stay.
-        keep = None if keep is None else max(keep, 1)
-        if self._is_step(values, width):
-            zero = values.new_zeros(1, *values.shape[2:], dtype=torch.float64)
-            for streams, length in zip(self.slots, self.lengths, strict=True):
-                if not length:
-                    streams.get(stream, keep).append(zero, 0)
-            table = self._reserve(stream, keep, zero, first, ahead=1)
-            if table is not None:
-                from starlm.ops import cpu
-
-                _, end, start = table
-                available = torch.from_numpy(end - np.minimum(start[:, 0], end - 1))
-                width = torch.minimum(width, available.to(width.dtype)[:, None, None, None])
-                return cpu.step_sums(*table, values, width) / width, width
         means, widths = [], []
         for slot, (streams, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
-            one, rows = slice(slot, slot + 1), streams.get(stream, keep)
+            one, rows = slice(slot, slot + 1), streams.get(stream, _sums(keep))
             sums = prefix_sums(values[one], rows.row(length)[None, None] if length else None)
             kept = rows.append(sums[0], length)[None]
             start = _local(first, one, rows.base)
@@ -174,34 +150,41 @@ class LayerState:
             found.append(torch.nn.functional.pad(part, (0, 0, 0, 0, missing, 0)))
         return _joined(found)
 
-    def _is_step(self, values: Tensor, shift: Tensor) -> bool:
-        """Whether one call of the fused kernel serves all slots: one token each, nothing to differentiate."""
-        return (
-            values.shape[1] == 1
-            and values.device.type == "cpu"
-            and values.dtype in _FUSED
-            and (shift.dtype != torch.float64 or values.dtype == torch.float64)
-            and not (torch.is_grad_enabled() and (values.requires_grad or shift.requires_grad))
-        )
+    def reserve(
+        self,
+        stream: str,
+        keep: int | None,
+        like: Tensor,
+        first: Tensor | None,
+        *,
+        sums: bool = False,
+    ) -> Int[np.ndarray, "3 B"] | None:
+        """Room for one more row in each slot's buffer: its address, its rows so far, the first row to read.
 
-    def _reserve(
-        self, stream: str, keep: int | None, like: Tensor, first: Tensor | None, ahead: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """For each slot the address of the stream's rows, its rows before the new one, and its first row.
+        The row is for the caller to write. None if a slot holds rows of another dtype or on another device.
 
-        None if a slot began in another dtype or on another device. A stream may be kept some rows `ahead`.
+        Args:
+            like: rows [..., H, C] of the stream's dtype and device.
+            first: [B, 1], absolute.
+            sums: the stream is one of `box`.
         """
-        places = np.empty((2, len(self.slots)), np.int64)
-        starts = np.zeros((len(self.slots), 1), np.int64) if first is None else first.numpy().astype(np.int64)
-        for slot, (streams, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
-            rows = streams.get(stream, keep)
-            places[1, slot] = rows.reserve(1, length + ahead, like)
-            places[0, slot] = rows.address
-            if rows.data is None or rows.data.dtype != like.dtype or rows.data.device != like.device:
+        addresses, pasts, bases = [], [], []
+        for streams, length in zip(self.slots, self.lengths, strict=True):
+            rows = streams.get(stream, _sums(keep) if sums else keep)
+            if sums and not length:
+                rows.append(like.new_zeros(1, *like.shape[-2:]), 0)
+            pasts.append(rows.reserve(1, length + sums, like))
+            if not rows.fits(like):
                 return None
-            if first is not None:
-                starts[slot] = max(starts[slot, 0] - rows.base, 0)
-        return places[0], places[1], starts
+            addresses.append(rows.address)
+            bases.append(rows.base)
+        starts = np.zeros(len(bases), np.int64) if first is None else first[:, 0].numpy() - np.array(bases)
+        return np.array([addresses, pasts, starts])
+
+
+def _sums(keep: int | None) -> int | None:
+    """`keep` of a stream of sums: the one that goes on must stay."""
+    return None if keep is None else max(keep, 1)
 
 
 def _local(first: Tensor | None, one: slice, base: int) -> Tensor | None:

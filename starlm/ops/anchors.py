@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.plain import is_plain
 
 
 def anchors(
@@ -39,7 +40,8 @@ def anchors(
     """
     if not orders or min(orders) < 1:
         raise InputError(f"anchors needs orders of 1 or more; got {list(orders)}.")
-    return _anchors(tokens, list(orders), first)
+    compute = anchors_reference if is_plain() else _anchors
+    return compute(tokens, list(orders), first)
 
 
 def longest(origins: Mapping[int, Int[Tensor, "B T"]]) -> Int[Tensor, "B T"]:

@@ -5,14 +5,8 @@ splits batch and heads, so that every element of the gradient has one owner that
 the result does not depend on the number of threads and is always deterministic.
 """
 
-from typing import Any
-
-import numba
 import numpy as np
 import torch
-from numba import carray  # pyright: ignore[reportPrivateImportUsage]
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from starlm.errors import InputError
@@ -123,51 +117,6 @@ def _backward(
     return seen
 
 
-def _as_pointer(typingctx, address):
-    """An address as a pointer, of which `numba.carray` makes an array."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return numba.types.voidptr(numba.types.int64), codegen
-
-
-_pointer: Any = intrinsic(_as_pointer)
-
-
-@jit
-def _step(addresses, past, first, values, shift, heads, origin, out, rows, fraction, begin, end):
-    """For sequences begin .. end: write the row `past` of the buffer at each address, and `_forward`."""
-    seen = out[0, 0, 0]
-    for b in range(begin, end):
-        place = _pointer(addresses[b])
-        source = carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
-        source[0, past[b]] = values[b, 0]
-        own = slice(b, b + 1)
-        o = None if origin is None else origin[own]
-        target = (heads, o, first[own], past[own], out[own], rows, fraction)
-        seen = max(seen, _forward(source, shift[own], *target, 0, 1))
-    return seen
-
-
-@jit
-def _step_sums(addresses, past, first, values, shift, heads, out, rows, fraction, begin, end):
-    """As `_step`, for buffers of sums: row `past` gets the one before and the value; `out` its lead."""
-    seen = out[0, 0, 0]
-    for b in range(begin, end):
-        place = _pointer(addresses[b])
-        source = carray(place, (1, past[b] + 1, values.shape[2]), out.dtype)
-        before, new = source[0, past[b] - 1], source[0, past[b]]
-        for c in range(new.size):
-            new[c] = before[c] + widen(values[b, 0, c])
-        own = slice(b, b + 1)
-        target = (heads, None, first[own], past[own], out[own], rows, fraction)
-        seen = max(seen, _forward(source, shift[own], *target, 0, 1))
-        for c in range(new.size):
-            out[b, 0, c] = new[c] - out[b, 0, c]
-    return seen
-
-
 def forward(
     values: Tensor, shift: Tensor, origin: Tensor | None, first: Tensor | None, past: Tensor | None
 ) -> Tensor:
@@ -203,60 +152,6 @@ def _check(values: Tensor, shift: Tensor, past: Tensor | None) -> None:
             f"deform needs 0 <= past <= S - T = {rows - length}, so that every query has its own row; got "
             f"past between {past.min()} and {past.max()}."
         )
-
-
-def step(
-    addresses: np.ndarray,
-    past: np.ndarray,
-    first: np.ndarray,
-    values: Tensor,
-    shift: Tensor,
-    origin: Tensor | None,
-) -> Tensor:
-    """Append one row to each of B buffers and read it, as `forward` would with `values` the whole buffer.
-
-    Args:
-        addresses: of B buffers [S, H, C] in the dtype of `values`: float32, float64 or bfloat16.
-        past: rows that each buffer has; there is room for one more.
-        first: [B, 1]; see `starlm.ops.deform`, as for `origin`.
-        values: the new rows [B, 1, H, C].
-        shift: [B, 1, H, C], float64 only if `values` are.
-    """
-    exact = _exact(values, shift)
-    out = torch.empty(shift.shape, dtype=values.dtype)
-    heads = _heads(shift, origin, 1)
-    arrays = [addresses, past, first, rows_of(values, exact), rows_of(shift, exact), heads]
-    arrays += [None if origin is None else index(origin), rows_of(out, exact)]
-    _run_steps(_step, arrays, shift, heads, exact)
-    return out
-
-
-def step_sums(
-    addresses: np.ndarray, past: np.ndarray, first: np.ndarray, values: Tensor, width: Tensor
-) -> Tensor:
-    """Append the sums of one more row to B buffers of prefix sums; the sum of the last `width` rows.
-
-    Args:
-        addresses: of B buffers [S, H, C] of prefix sums in float64.
-        past: sums that each buffer has, one at the least; there is room for one more.
-        first, values: as for `step`, values in any of its dtypes.
-        width: rows, [B, 1, H, C].
-
-    Returns:
-        [B, 1, H, C] in float64.
-    """
-    exact, heads = torch.float64, _heads(width, None, 1)
-    out = torch.empty(width.shape, dtype=exact)
-    arrays = [addresses, past, first, rows_of(values, _exact(values, values)), rows_of(width, exact), heads]
-    _run_steps(_step_sums, [*arrays, rows_of(out, exact)], width, heads, exact)
-    return out
-
-
-def _run_steps(kernel: Any, arrays: list, shift: Tensor, heads: int, exact: torch.dtype) -> None:
-    def work(begin: int, end: int) -> None:
-        kernel(*arrays, *_scratch(shift, heads, exact), begin, end)
-
-    spread(work, shift.shape[0], shift.numel())
 
 
 def backward(

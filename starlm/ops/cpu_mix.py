@@ -49,7 +49,7 @@ def _prefix_sums(slab, sums):
 
 
 @jit
-def _reach(z, kind, furthest, shift):
+def reach(z, kind, furthest, shift):
     """What the shift projection says, in tokens: a distance, an offset as it is, or a window's length."""
     if kind == NOW:
         for c in range(z.size):
@@ -66,7 +66,7 @@ def _reach(z, kind, furthest, shift):
 
 
 @jit
-def _place(shift, kind, origin, start, t, length, channels, rows, fraction):
+def place(shift, kind, origin, start, t, length, channels, rows, fraction):
     """`locate` of every head; of anchored ones by the origins given, [W // C]."""
     if kind == NOW:
         locate(shift, t, start, i32(t), rows, fraction)
@@ -88,7 +88,7 @@ def _place(shift, kind, origin, start, t, length, channels, rows, fraction):
 
 
 @jit
-def _mean(sums, end, width, rows, fraction, c):
+def mean_of(sums, end, width, rows, fraction, c):
     """Mean of channel c over the last `width` rows before `end`; and the row at the far edge, negative."""
     near, far = sums[np.uint32(rows[0, c]), c], sums[np.uint32(rows[1, c]), c]
     edge = far - near
@@ -120,11 +120,11 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
             _prefix_sums(slab, sums)
         for t in range(length):
             start = max(min(first[b, t], t), 0)
-            _reach(z[b, t, left:right], kind, furthest, shift)
-            _place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
+            reach(z[b, t, left:right], kind, furthest, shift)
+            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
             if kind == BOX:
                 for c in range(width):
-                    mean, _ = _mean(sums, t + 1, shift[c], rows, fraction, c)
+                    mean, _ = mean_of(sums, t + 1, shift[c], rows, fraction, c)
                     read[c] = mean * np.sqrt(min(shift[c], f32(BOX_SCALE)))
             else:
                 for c in range(width):
@@ -173,12 +173,12 @@ def _backward(
             else:
                 for c in range(width):
                     d[c] = widen(dy[c])
-            _reach(zt, kind, furthest, shift)
-            _place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
+            reach(zt, kind, furthest, shift)
+            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
             if kind == BOX:
                 most = min(f32(t + 1 - start), furthest)
                 for c in range(width):
-                    mean, edge = _mean(sums, t + 1, shift[c], rows, fraction, c)
+                    mean, edge = mean_of(sums, t + 1, shift[c], rows, fraction, c)
                     size = np.sqrt(min(shift[c], f32(BOX_SCALE)))
                     read[c] = mean * size
                     i, j = np.uint32(rows[0, c]), np.uint32(rows[1, c])

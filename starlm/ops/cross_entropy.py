@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.ops.plain import is_plain
+
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.
 CHUNK = {"cpu": 1 << 20}
 CHUNK_ELSEWHERE = 1 << 26
@@ -59,10 +61,10 @@ def cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if reduction == "none" and wants_grad:
+    if is_plain() or (reduction == "none" and wants_grad):
         logits = _capped(_exact(hidden @ weight.T), softcap)
         targets = targets.clamp(min=-1)
-        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
     total, losses, _, _ = _loss(hidden, weight, targets, softcap, wants_grad)
     if reduction == "none":
         return losses

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.plain import is_plain
 from starlm.ops.reference import deform_reference
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -46,7 +47,7 @@ def deform(
             Where it lies beyond the query's own row, the query reads its own row only; below 0 it is 0.
         past: rows before the first query: one number, or one per batch row.
         backend: `reference` is plain PyTorch, `cpu` and `triton` the fused kernels for CPU and GPU; `auto`
-            takes the fused kernels where the device has them.
+            takes the fused kernels where the device has them, and not within `starlm.ops.plain`.
 
     Returns:
         What was read, in the dtype of `values`.
@@ -68,6 +69,8 @@ def deform(
 
 
 def _fastest(device: torch.device) -> Backend:
+    if is_plain():
+        return "reference"
     if device.type == "cuda" and HAS_TRITON:
         return "triton"
     return "cpu" if device.type == "cpu" else "reference"

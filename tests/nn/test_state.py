@@ -1,10 +1,11 @@
-"""Reads of many slots at once equal `deform` and `box` of each slot's rows alone, bit for bit."""
+"""What slots hold and read equals `deform` and `box` of all their rows; a step of many is one call."""
 
 import pytest
 import torch
 
+from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
-from starlm.ops import cpu, deform
+from starlm.ops import cpu_step, deform, plain
 from starlm.ops.box import box, prefix_sums
 
 H, C, ROLLBACK = 3, 5, 2
@@ -98,29 +99,80 @@ def test_a_first_row_below_0_is_row_0(method):
         assert torch.equal(got, wanted)
 
 
-def test_one_call_of_the_kernel_serves_all_slots(monkeypatch):
-    texts, last, _ = inputs(torch.float32)
-    state, calls, step = filled("read", texts, None), [], cpu.step
-    monkeypatch.setattr(cpu, "step", lambda *args: calls.append(1) or step(*args))
-    state.read("stream", last, torch.ones(last.shape))
-    assert len(calls) == 1
+def layer_and_slots(dtype, max_shift, lengths=LENGTHS):
+    """A layer of all kinds of heads, and its slots, which have read texts of these lengths."""
+    torch.manual_seed(0)
+    layer = Deformer(24, 4, preset="star", kinds=["now", "token", "bigram", "box"], max_shift=max_shift)
+    layer, slots = layer.to(dtype), [Streams(ROLLBACK) for _ in lengths]
+    torch.nn.init.normal_(layer.out.weight, std=0.2)
+    for slot, length in zip(slots, lengths, strict=True):
+        for begin in range(0, length, 170):
+            size = min(170, length - begin)
+            origins = {n: torch.randint(-1, begin + 1, (1, size)) for n in (1, 2)}
+            layer(torch.randn(1, size, 24).to(dtype), origins=origins, state=LayerState([slot], [begin]))
+    return layer, LayerState(slots, list(lengths))
 
 
-def test_what_the_kernel_cannot_hold_is_read_slot_by_slot():
+def step(layer, state, dtype, first):
+    """One more token in every slot, whose row is then taken back."""
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(len(state.slots), 1, 24, generator=random).to(dtype)
+    origins = {n: torch.tensor([[min(7 * n, length)] for length in state.lengths]) for n in (1, 2)}
+    origins[2][-1] = -1
+    return layer(x, first=first, origins=origins, state=state)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("max_shift", [None, 0, 6, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_in_one_call_is_what_the_definition_says(dtype, max_shift, packed, monkeypatch):
+    layer, state = layer_and_slots(dtype, max_shift)
+    calls, kernel = [], cpu_step.step
+    monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or kernel(*args, **named))
+    first = inputs(dtype)[2] if packed else None
+    got = step(layer, state, dtype, first)
+    assert len(calls) == (dtype in cpu_step.DTYPES)
+    with plain():
+        wanted = step(layer, state, dtype, first)
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    assert wanted.abs().mean() > 0.05
+
+
+def test_what_the_kernel_cannot_hold_is_read_slot_by_slot(monkeypatch):
     """float16, a slot begun in another dtype, and a gradient."""
-    texts, last, _ = inputs(torch.float16)
-    shift = torch.rand(last.shape) * 9
-    state = filled("read", texts, None)
-    wanted = torch.cat([deform(t, shift[i : i + 1], past=t.shape[1] - 1) for i, t in enumerate(texts)])
-    assert torch.equal(state.read("stream", last, shift), wanted)
-    # Slots 1 and on hold float16 rows; slot 0 is empty, and begins in float32.
-    mixed = filled("read", texts, None).read("stream", last.float(), shift)
-    torch.testing.assert_close(mixed, wanted.float(), rtol=1e-3, atol=1e-3)
+    layer, state = layer_and_slots(torch.float32, None, [0, 3])
+    wanted = step(layer, state, torch.float32, None)
+    monkeypatch.setattr(cpu_step, "step", None)
+    layer, half = layer_and_slots(torch.float16, None, [0, 3])
+    torch.testing.assert_close(step(layer, half, torch.float16, None).float(), wanted, rtol=2e-2, atol=2e-2)
+    # Slot 1 holds float16 rows; slot 0 is empty, and begins in float32.
+    mixed = step(layer.float(), half, torch.float32, None)
+    torch.testing.assert_close(mixed, wanted, rtol=2e-2, atol=2e-2)
     with torch.enable_grad():
-        shift.requires_grad_()
-        state = filled("read", [text.double() for text in texts], None)
-        state.read("stream", last.double(), shift).sum().backward()
-    assert shift.grad.abs().sum() > 0
+        step(layer, state, torch.float32, None).sum().backward()
+    assert layer.shift.weight.grad.abs().sum() > 0
+
+
+def test_room_for_a_row():
+    """A bounded stream has let rows go, a new one begins, sums stand one row ahead."""
+    slots = [Streams(ROLLBACK), Streams(ROLLBACK)]
+    state = LayerState(slots, [0, 0])
+    like, first = torch.empty(0, H, C), torch.tensor([[5990], [1]])
+    for length in range(6000):
+        slots[0].get("stream", 6).append(torch.ones(1, H, C), length)
+    state.lengths = [6000, 0]
+    addresses, pasts, starts = state.reserve("stream", 6, like, first)
+    base = slots[0].rows["stream"].base
+    assert 0 < base < 5990
+    assert [row.rows["stream"].data.data_ptr() for row in slots] == addresses.tolist()
+    assert pasts.tolist() == [6000 - base, 0]
+    assert starts.tolist() == [5990 - base, 1]
+    sums = LayerState([Streams(ROLLBACK)], [0])
+    addresses, pasts, _ = sums.reserve("sums", 0, like.double(), None, sums=True)
+    assert pasts.tolist() == [1]
+    assert not sums.slots[0].rows["sums"].row(0).any()
+    assert state.reserve("stream", 6, like.double(), None) is None
 
 
 def test_recent_rows():

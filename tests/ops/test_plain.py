@@ -1,0 +1,80 @@
+"""Within `plain` nothing of our own runs, and the results are the same."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from starlm import StarLM, StarLMConfig
+from starlm.ops import cpu_step, plain
+
+
+class Recorded(TorchDispatchMode):
+    """The names of all operators of ours that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "starlm":
+            self.ours.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def trained(model, tokens):
+    """The loss and the gradients, and the operators of ours that they took."""
+    model.zero_grad()
+    with Recorded() as recorded:
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+    return [loss, *(p.grad.clone() for p in model.parameters())], recorded.ours
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = StarLM(StarLMConfig(vocab_size=40, depth=2, dim=32))
+    for parameter in made.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def test_training_runs_nothing_of_our_own(model):
+    tokens = torch.randint(40, (2, 30))
+    fused, ours = trained(model, tokens)
+    assert ours == {f"starlm::{name}" for name in (
+        "anchors", "mix", "mix_backward", "rms", "rms_backward", "relu2", "relu2_backward",
+        "cross_entropy", "cross_entropy_backward",
+    )}  # fmt: skip
+    with plain():
+        defined, ours = trained(model, tokens)
+    assert not ours
+    for got, wanted in zip(fused, defined, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_runs_nothing_of_our_own(model, monkeypatch):
+    tokens, calls, step = torch.randint(40, (2, 9)), [], cpu_step.step
+    monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or step(*args, **named))
+
+    def decoded():
+        state = model.new_state(2)
+        return torch.cat([model(tokens[:, t : t + 1], state=state) for t in range(9)], dim=1)
+
+    with torch.no_grad():
+        fused, steps = decoded(), len(calls)
+        assert steps == 9 * 2  # one call per token and layer
+        with plain(), Recorded() as recorded:
+            defined = decoded()
+    assert len(calls) == steps
+    assert not recorded.ours
+    torch.testing.assert_close(fused, defined, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_ends_it():
+    with pytest.raises(KeyError), plain():
+        raise KeyError
+    with Recorded() as recorded:
+        StarLM(StarLMConfig(vocab_size=9, depth=1, dim=32))(torch.tensor([[1]]))
+    assert recorded.ours
