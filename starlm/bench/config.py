@@ -143,7 +143,7 @@ class DecodeOptions(GridOptions):
         "bounded",
         "attention",
     )
-    """Models to time; all hold their context at the same time: a million tokens of star are 8 GB."""
+    """Models to time; all hold all contexts at the same time: a million tokens of star are 8 GB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

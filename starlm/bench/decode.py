@@ -64,7 +64,10 @@ def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
     for name in models:
         peers[name] = Peer(
             make=lambda context, name=name: decoder(name, context),
-            cost=float if name == "attention" else None,
+            # All of its memory is read for each token.
+            cost=(lambda context, model=models[name]: weights.nbytes + model.state_bytes(context))
+            if name == "attention"
+            else None,
         )
     grid = Grid(
         axis="context",

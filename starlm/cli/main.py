@@ -42,7 +42,7 @@ VERBS: dict[str, tuple[str, str]] = {
 # While PyTorch's idle threads (GNU OpenMP) spin, other programs wait, and then so do its busy ones. Training
 # has long products and little between them: its threads may sleep early, which beside a busy program is twice
 # as fast. Decoding has short ones: threads that sleep between them wake too late, which costs a third.
-TRAINING = (["train"], ["demo"])
+TRAINING = (["train"], ["demo"], ["bench", "train"])
 RERUN = "Run the same command again to start over."
 
 
@@ -54,7 +54,9 @@ def entry() -> None:
             stream.reconfigure(errors="replace")
     words = sys.argv[1:]
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000" if words[:1] in TRAINING else "20000")
+        os.environ.setdefault(
+            "GOMP_SPINCOUNT", "2000" if words[:1] in TRAINING or words[:2] in TRAINING else "20000"
+        )
     code = main(words)
     try:
         sys.stdout.flush()

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from starlm.data.documents import (
+    TEXT_SUFFIXES,
     Document,
     SourceFile,
     embedded_corpus,
     find_files,
     iter_documents,
     position_of,
+    suffix_of,
 )
 from starlm.data.download import Progress, local
 from starlm.data.shards import (
@@ -112,7 +114,7 @@ def prepare(
     out = Path(out)
     files = _find(sources, report)
     if skip_unreadable:
-        files = [replace(file, required=False) for file in files]
+        files = [replace(file, required=suffix_of(file.path.name) not in TEXT_SUFFIXES) for file in files]
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     options = {
         "tokenizer": given.fingerprint if given else None,

@@ -15,7 +15,7 @@ from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import LONGEST, MATCH
 from starlm.nn.mlp import MLP
-from starlm.nn.norm import rms, rms_unseen
+from starlm.nn.norm import rms
 from starlm.ops import anchors, longest
 from starlm.ops.cross_entropy import cross_entropy
 
@@ -83,14 +83,13 @@ class StarLM(nn.Module):
             self._check_state(tokens, state)
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
         origins = self._origins(tokens, reach, state)
-        norm = rms if state is None else rms_unseen
-        x = norm(self.embedding(tokens) if embedded is None else embedded)
+        x = rms(self.embedding(tokens) if embedded is None else embedded)
         layers = [None] * len(self.blocks) if state is None else state.layers()
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, first=reach, origins=origins, state=layer)
         if state is not None:
             state.advance(tokens.shape[1], first)
-        return norm(x)
+        return rms(x)
 
     def _origins(
         self, tokens: Tensor, first: Tensor | None, state: DecodeState | None

@@ -9,7 +9,7 @@ from starlm.nn.attention import Attention
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
-from starlm.nn.norm import rms, rms_unseen
+from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
 
 
@@ -29,6 +29,6 @@ class Block(nn.Module):
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
-        norm = rms if state is None else rms_unseen
-        x = x + self.mixer(norm(x), first=first, origins=origins, state=state)
-        return x if self.mlp is None else x + self.mlp(norm(x))
+        step = state is not None and x.shape[1] == 1
+        x = x + self.mixer(rms(x, step=step), first=first, origins=origins, state=state)
+        return x if self.mlp is None else x + self.mlp(rms(x, step=step))

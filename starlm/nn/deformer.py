@@ -253,7 +253,8 @@ class Deformer(nn.Module):
     def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B 1 D"] | None:
         """`_read` of one new token of each slot in one call; None where that cannot be."""
         here = values.device.type == "cpu" and state.rows_device in (None, values.device)
-        if values.shape[1] != 1 or not here or is_plain():
+        one_each = values.shape[1] == 1 and len(values) == len(state.slots)
+        if not (here and one_each) or is_plain() or torch.compiler.is_compiling():
             return None
         from starlm.ops import cpu_step  # numba takes half a second to import
 

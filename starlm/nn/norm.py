@@ -1,5 +1,5 @@
 """RMSNorm without parameters."""
 
-from starlm.ops.elementwise import rms, rms_unseen
+from starlm.ops.elementwise import rms
 
-__all__ = ["rms", "rms_unseen"]
+__all__ = ["rms"]

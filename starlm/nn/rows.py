@@ -19,8 +19,6 @@ class Rows:
         """Args: keep: how many of the last rows must stay readable; None keeps all."""
         self.keep, self.base, self.size = keep, 0, 0
         self.data: Tensor | None = None
-        # Where `data` begins in memory: asking a tensor for it takes longer than an append.
-        self.address = 0
 
     def append(self, rows: Float[Tensor, "T H C"], length: int) -> Float[Tensor, "S H C"]:
         """Write `rows` behind the first `length` absolute rows; all rows from `base` on."""
@@ -43,9 +41,12 @@ class Rows:
         self.size = start + count
         return start
 
-    def fits(self, like: Tensor) -> bool:
-        """Whether the rows held, if any, are of the dtype and on the device of `like`."""
-        return self.data is None or (self.data.dtype == like.dtype and self.data.device == like.device)
+    def address_for(self, like: Tensor) -> int | None:
+        """Where `data` begins in memory; None unless its rows are as those of `like`."""
+        data = self.data
+        if data is None or data.dtype != like.dtype or data.device != like.device:
+            return None
+        return data.data_ptr() if data.shape[1:] == like.shape[-2:] else None
 
     def _grow(self, count: int, length: int, like: Tensor) -> None:
         old, was = self.data, self.base
@@ -65,7 +66,6 @@ class Rows:
                 return
             self.data = _empty(capacity, like)
             self.data[: len(kept)] = kept
-        self.address = self.data.data_ptr()
 
     def row(self, number: int) -> Float[Tensor, "H C"]:
         """Absolute row `number`."""
@@ -79,7 +79,6 @@ class Rows:
             other.base, other.size = self.base, max(0, min(self.size, length - self.base))
             other.data = _empty(min(self.data.shape[0], other.size + SPARE), self.data)
             other.data[: other.size] = self.data[: other.size]
-            other.address = other.data.data_ptr()
         return other
 
     @property

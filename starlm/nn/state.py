@@ -161,10 +161,10 @@ class LayerState:
     ) -> Int[np.ndarray, "3 B"] | None:
         """Room for one more row in each slot's buffer: its address, its rows so far, the first row to read.
 
-        The row is for the caller to write. None if a slot holds rows of another dtype or on another device.
+        The row is for the caller to write. None if a slot holds rows of another dtype, device or shape.
 
         Args:
-            like: rows [..., H, C] of the stream's dtype and device.
+            like: rows [..., H, C] in the dtype and on the device of the new one.
             first: [B, 1], absolute.
             sums: the stream is one of `box`.
         """
@@ -174,9 +174,9 @@ class LayerState:
             if sums and not length:
                 rows.append(like.new_zeros(1, *like.shape[-2:]), 0)
             pasts.append(rows.reserve(1, length + sums, like))
-            if not rows.fits(like):
+            if (address := rows.address_for(like)) is None:
                 return None
-            addresses.append(rows.address)
+            addresses.append(address)
             bases.append(rows.base)
         starts = np.zeros(len(bases), np.int64) if first is None else first[:, 0].numpy() - np.array(bases)
         return np.array([addresses, pasts, starts])

@@ -1,4 +1,4 @@
-"""RMSNorm and relu² in one pass over memory each way, on a CPU.
+"""RMSNorm and relu² in one pass over memory each way, for training on a CPU.
 
 PyTorch composes both of several passes there, each of which writes a tensor that leaves the cache. Under
 torch.compile and elsewhere the compositions are what they should be.
@@ -11,40 +11,34 @@ from torch import Tensor
 from starlm.ops.plain import is_plain
 
 EPS = 1e-6
-# Elements below which an operator of ours costs more to call than it saves, if there is no gradient to come.
-SMALL = 1 << 15
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether fused kernels exist and pay: CPU, fp32 or bf16, and a gradient to come or much to do."""
-    if not _has_kernels(x):
-        return False
-    # A compiled or exported graph must not depend on the size.
-    large = not torch.compiler.is_compiling() and x.numel() >= SMALL
-    return large or (torch.is_grad_enabled() and x.requires_grad)
+    """Whether fused kernels exist and pay: on a CPU, in fp32 or bf16, with a gradient to come."""
+    return (
+        not is_plain()
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_grad_enabled()
+        and x.requires_grad
+    )
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return not is_plain() and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+def rms(x: Float[Tensor, "... D"], *, step: bool = False) -> Float[Tensor, "... D"]:
+    """`x` scaled to root mean square 1 over its last dimension, in its own dtype (arXiv 1910.07467).
 
-
-def rms(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """`x` scaled to root mean square 1 over its last dimension, in its own dtype (arXiv 1910.07467)."""
-    if fuses(x) and not torch.compiler.is_compiling():
-        return _rms(x)
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-def rms_unseen(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """`rms` for a step of decoding: if it can be, the kernel alone, which no autograd and no tracer sees.
-
-    What PyTorch composes RMSNorm of, and the way to an operator of ours, take longer there than the work.
+    Args:
+        step: x are single tokens of a decode state, which no tracer follows: the kernel itself may be called.
     """
-    if not _has_kernels(x) or (torch.is_grad_enabled() and x.requires_grad):
-        return rms(x)
-    from starlm.ops import cpu_elementwise
+    if not torch.compiler.is_compiling():
+        if fuses(x):
+            return _rms(x)
+        if step and x.dtype == torch.float32 and x.device.type == "cpu" and not is_plain():
+            # Behind large products, which empty the caches, PyTorch's several small calls take longer.
+            from starlm.ops import cpu_elementwise
 
-    return cpu_elementwise.rms(x, EPS)
+            return cpu_elementwise.rms(x, EPS)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -1,14 +1,15 @@
 """Which of two paths a computation takes: kernels of our own, or its definition in plain PyTorch."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_plain = False
+_depth, _lock = 0, threading.Lock()
 
 
 def is_plain() -> bool:
     """Whether we are inside `plain`."""
-    return _plain
+    return _depth > 0
 
 
 @contextmanager
@@ -16,7 +17,8 @@ def plain() -> Iterator[None]:
     """Within, everything that has both is computed by its definition: operator, layers, anchors, loss.
 
     To compare results, to look for a mistake, or where our kernels do not run. It counts for all threads of
-    the process. A `backend` that a call names is taken, and a decode state keeps its index of n-grams.
+    the process, and where checkpointing computes again, `backward` belongs within. A `backend` that a call
+    names is taken, and a decode state keeps its index of n-grams.
 
     Example:
         >>> import torch
@@ -25,9 +27,11 @@ def plain() -> Iterator[None]:
         ...     deform(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).item()
         1.0
     """
-    global _plain
-    before, _plain = _plain, True
+    global _depth
+    with _lock:
+        _depth += 1
     try:
         yield
     finally:
-        _plain = before
+        with _lock:
+            _depth -= 1

@@ -49,3 +49,17 @@ def test_training_step(kind):
             results.append((value, *torch.autograd.grad(value, list(model.parameters()))))
         for one, two in zip(*results, strict=True):
             assert_close(one, two, 1e-4)
+
+
+def test_blocks_continue_a_decode_state():
+    """What a user may compile of a decode step: rows break the graph, and the results are the same."""
+    model = make_model("star mixed", dtype=torch.float32)
+    tokens = make_tokens(2, 2, 12)[0]
+    with torch.no_grad():
+        wanted = model(tokens)
+        for block in model.blocks:
+            block.compile(backend="eager")
+        state = model.new_state(2)
+        pieces = [tokens[:, :9], *tokens[:, 9:].split(1, dim=1)]
+        got = torch.cat([model(piece, state=state) for piece in pieces], dim=1)
+    assert_close(got, wanted, 1e-4)

@@ -1,5 +1,8 @@
 """What slots hold and read equals `deform` and `box` of all their rows; a step of many is one call."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -152,6 +155,30 @@ def test_what_the_kernel_cannot_hold_is_read_slot_by_slot(monkeypatch):
     with torch.enable_grad():
         step(layer, state, torch.float32, None).sum().backward()
     assert layer.shift.weight.grad.abs().sum() > 0
+
+
+def test_copies_of_a_state_are_independent():
+    """Copies by Python's own means, as those who use transformers make of a prompt's cache."""
+    layer, state = layer_and_slots(torch.float32, 6)
+    copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+    wanted = step(layer, state, torch.float32, None)
+    for other in copies:
+        for rows in state.slots[3].rows.values():
+            rows.data[rows.size - 1] = 7
+        assert torch.equal(step(layer, other, torch.float32, None), wanted)
+        assert all((rows.data[rows.size - 1] == 7).all() for rows in state.slots[3].rows.values())
+
+
+def test_a_state_that_is_not_the_layers_is_refused():
+    """Never written beyond: rows of another width, or fewer slots than sequences."""
+    _, state = layer_and_slots(torch.float32, None, [5, 3])
+    wider = Deformer(48, 4, preset="star", kinds=["now", "token", "bigram", "box"])
+    origins = {n: torch.zeros(2, 1, dtype=torch.int64) for n in (1, 2)}
+    with pytest.raises((RuntimeError, ValueError)):
+        wider(torch.randn(2, 1, 48), origins=origins, state=state)
+    layer, state = layer_and_slots(torch.float32, None, [5])
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(2, 1, 24), origins=origins, state=state)
 
 
 def test_room_for_a_row():

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlm import StarLM, StarLMConfig
-from starlm.ops import cpu_step, plain
+from starlm.ops import cpu_elementwise, cpu_step, plain
+from starlm.ops.plain import is_plain
 
 
 class Recorded(TorchDispatchMode):
@@ -57,6 +58,8 @@ def test_training_runs_nothing_of_our_own(model):
 def test_decoding_runs_nothing_of_our_own(model, monkeypatch):
     tokens, calls, step = torch.randint(40, (2, 9)), [], cpu_step.step
     monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or step(*args, **named))
+    norms, norm = [], cpu_elementwise.rms
+    monkeypatch.setattr(cpu_elementwise, "rms", lambda *args: norms.append(1) or norm(*args))
 
     def decoded():
         state = model.new_state(2)
@@ -65,9 +68,11 @@ def test_decoding_runs_nothing_of_our_own(model, monkeypatch):
     with torch.no_grad():
         fused, steps = decoded(), len(calls)
         assert steps == 9 * 2  # one call per token and layer
+        assert len(norms) == 2 * steps
         with plain(), Recorded() as recorded:
             defined = decoded()
     assert len(calls) == steps
+    assert len(norms) == 2 * steps
     assert not recorded.ours
     torch.testing.assert_close(fused, defined, rtol=1e-4, atol=1e-5)
 
@@ -78,3 +83,13 @@ def test_an_error_ends_it():
     with Recorded() as recorded:
         StarLM(StarLMConfig(vocab_size=9, depth=1, dim=32))(torch.tensor([[1]]))
     assert recorded.ours
+
+
+def test_two_threads_may_overlap():
+    first, second = plain(), plain()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_plain()
+    second.__exit__(None, None, None)
+    assert not is_plain()
