@@ -122,7 +122,7 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         served = models[body.model]
         prompts = await asyncio.to_thread(lambda: [_prompt(p, served) for p in body.prompts])
         generation = Generation(served, metrics, body, logprobs=body.logprobs, max_tokens=16)
-        generation.submit(prompts)
+        await asyncio.to_thread(generation.submit, prompts)
         begins = [len(p.begin.decode()) for p in prompts for _ in range(body.n)]
         reply = CompletionReply(
             served.name, served.tokenizer, logprobs=body.logprobs is not None, begins=begins
@@ -136,7 +136,7 @@ def _add_completions(app: FastAPI, options: ServeOptions, models: Models, metric
         prompt = await asyncio.to_thread(served.chat.prompt, body.messages)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         generation = Generation(served, metrics, body, logprobs=logprobs, max_tokens=options.max_tokens)
-        generation.submit([prompt])
+        await asyncio.to_thread(generation.submit, [prompt])
         reply = ChatReply(served.name, served.tokenizer, logprobs=body.logprobs)
         return await _reply(request, body, generation, reply, body.n)
 
@@ -158,7 +158,7 @@ def _add_reads(app: FastAPI, models: Models) -> None:
     reader = Reader()
 
     @app.post(
-        "/v1/starlm/reads", response_model=schemas.Reads, responses=_errors(400, 401, 403, 404, 413, 503)
+        "/v1/starlm/reads", response_model=schemas.Reads, responses=_errors(400, 401, 403, 404, 413, 429, 503)
     )
     async def where_it_reads(body: schemas.ReadsRequest) -> Response:
         """Which tokens every head reads for each token of a text."""

@@ -54,10 +54,11 @@ class Generation:
         self._streams: list[Stream] = []
         # Pieces of all streams with the streams' numbers.
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
         self._began = time.perf_counter()
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Queue all of them, or none.
+        """Queue all of them, or none; from another thread than the loop's, since a long prompt takes a while.
 
         Raises:
             APIError: impossible (400), or no room in the queue (429).
@@ -94,8 +95,8 @@ class Generation:
         return max(min(self._max_tokens, self._served.max_context - len(prompt.tokens)), 1)
 
     def _deliver(self, number: int) -> Callable[[Piece], None]:
-        """A callback for the engine's thread: it hands the pieces of a stream over to this one."""
-        loop, pieces = asyncio.get_running_loop(), self._pieces
+        """A callback for the engine's thread: it hands the pieces of a stream over to the loop's."""
+        loop, pieces = self._loop, self._pieces
 
         def deliver(piece: Piece) -> None:
             # The loop is closed when a shutdown is over: nobody is there to be told.

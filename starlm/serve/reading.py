@@ -7,30 +7,39 @@ from fastapi.responses import JSONResponse
 
 from starlm.evaluate.reads import reads
 from starlm.model.model import StarLM
-from starlm.serve.errors import bad_request
+from starlm.serve.errors import APIError, bad_request
 from starlm.serve.models import Served
 from starlm.serve.schemas import ReadsRequest
 
 # Tokens of a text, and of those for which the reads are told: 64 heads make some megabytes of them.
 MOST, TOLD = 4096, 256
+# Requests that may wait for their turn; each takes up to a second or so.
+WAITING = 32
 
 
 class Reader:
     """Tells reads one request at a time, beside the engines and not through them."""
 
     def __init__(self) -> None:
-        self._turn = asyncio.Lock()
+        self._turn, self._inside = asyncio.Lock(), 0
         self._twins: dict[str, StarLM] = {}
 
     async def read(self, served: Served, body: ReadsRequest) -> JSONResponse:
         """The answer of /v1/starlm/reads.
 
         Raises:
-            APIError: too long, or no tokens of this model.
+            APIError: too long, or no tokens of this model (400), or too many wait already (429).
         """
-        # Who waits for his turn must not hold a thread: prompts are tokenized on them.
-        async with self._turn:
-            return await asyncio.to_thread(self._read, served, body)
+        if self._inside > WAITING:
+            text = f"{WAITING} requests are waiting to be read already. Try again later."
+            raise APIError(429, text, code="queue_full", headers={"Retry-After": "1"})
+        self._inside += 1
+        try:
+            # Who waits for his turn must not hold a thread: prompts are tokenized on them.
+            async with self._turn:
+                return await asyncio.to_thread(self._read, served, body)
+        finally:
+            self._inside -= 1
 
     def _read(self, served: Served, body: ReadsRequest) -> JSONResponse:
         tokens, begin = self._tokens(served, body)

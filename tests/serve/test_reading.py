@@ -8,6 +8,7 @@ from models import make_model
 from servers import TOKENIZER
 
 from starlm.generate.text import TextModel
+from starlm.serve import reading
 from starlm.serve.reading import Reader
 from starlm.serve.schemas import ReadsRequest
 
@@ -26,5 +27,21 @@ def test_who_waits_holds_no_thread():
         await asyncio.to_thread(int)
         assert sum(task.done() for task in asked) <= 1
         assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 4
+
+    asyncio.run(main())
+
+
+def test_more_than_can_wait_are_refused(monkeypatch):
+    monkeypatch.setattr(reading, "WAITING", 2)
+    text = TextModel(make_model("star", vocab_size=TOKENIZER.vocab_size), TOKENIZER)
+    served = SimpleNamespace(name="tiny", tokenizer=TOKENIZER, text=text)
+    body = ReadsRequest(model="tiny", tokens=[TOKENIZER.bos] * 9)
+
+    async def main():
+        reader = Reader()
+        answers = await asyncio.gather(*(reader.read(served, body) for _ in range(5)), return_exceptions=True)
+        assert [getattr(answer, "status", 200) for answer in answers] == [200, 200, 200, 429, 429]
+        assert answers[-1].headers["Retry-After"] == "1"
+        assert (await reader.read(served, body)).status_code == 200
 
     asyncio.run(main())
