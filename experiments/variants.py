@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
 }
 # A variant and one of these, as in gated+static: what becomes of its predicted shifts.
-SHIFTS = ("frozen", "static")
+SHIFTS = ("frozen", "static", "zero")
 
 
 class Static(nn.Module):
@@ -58,7 +58,8 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
     """What makes the variant's model.
 
     frozen: the shift projections stay as they start. static: a learned constant per channel takes their
-    place, and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
+    place, and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D. zero: they start
+    at 0 with a bias that is spread as the constants are, so that the model starts as a static one.
     """
     shifts = name.partition("+")[2]
 
@@ -68,12 +69,16 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
             layer = block.mixer
             if not shifts or not isinstance(layer, Deformer):
                 continue
+            start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
+            start = start + torch.randn(layer.dim)
             if shifts == "frozen":
                 layer.shift.requires_grad_(False)
-            else:
-                start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
-                layer.shift = Static(start + torch.randn(layer.dim))
+            elif shifts == "static":
+                layer.shift = Static(start)
                 block.mlp = _wider(config)
+            else:
+                nn.init.zeros_(layer.shift.weight)
+                layer.shift.bias = nn.Parameter(start)
         return model
 
     return build

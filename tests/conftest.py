@@ -1,11 +1,37 @@
 """For all tests: shapes checked, seeded, fresh memory full of NaN, so that what is left unwritten shows."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _OurOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "starlm":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def our_operators():
+    """A context, within which the names of all operators of ours that run are gathered in a set."""
+
+    @contextmanager
+    def gather():
+        with _OurOperators() as mode:
+            yield mode.names
+
+    return gather
+
 
 # Where tensors have shapes. Not starlm.ops.cpu: numba compiles what it finds there.
 SHAPE_CHECKED = [

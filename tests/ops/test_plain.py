@@ -2,33 +2,19 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlm import StarLM, StarLMConfig
 from starlm.ops import cpu_elementwise, cpu_step, plain
 from starlm.ops.plain import is_plain
 
 
-class Recorded(TorchDispatchMode):
-    """The names of all operators of ours that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ours: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "starlm":
-            self.ours.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def trained(model, tokens):
+def trained(model, tokens, our_operators):
     """The loss and the gradients, and the operators of ours that they took."""
     model.zero_grad()
-    with Recorded() as recorded:
+    with our_operators() as ours:
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-    return [loss, *(p.grad.clone() for p in model.parameters())], recorded.ours
+    return [loss, *(p.grad.clone() for p in model.parameters())], ours
 
 
 @pytest.fixture
@@ -41,21 +27,21 @@ def model():
     return made
 
 
-def test_training_runs_nothing_of_our_own(model):
+def test_training_runs_nothing_of_our_own(model, our_operators):
     tokens = torch.randint(40, (2, 30))
-    fused, ours = trained(model, tokens)
+    fused, ours = trained(model, tokens, our_operators)
     assert ours == {f"starlm::{name}" for name in (
         "anchors", "mix", "mix_backward", "rms", "rms_backward", "relu2", "relu2_backward",
         "cross_entropy", "cross_entropy_backward",
     )}  # fmt: skip
     with plain():
-        defined, ours = trained(model, tokens)
+        defined, ours = trained(model, tokens, our_operators)
     assert not ours
     for got, wanted in zip(fused, defined, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_runs_nothing_of_our_own(model, monkeypatch):
+def test_decoding_runs_nothing_of_our_own(model, monkeypatch, our_operators):
     tokens, calls, step = torch.randint(40, (2, 9)), [], cpu_step.step
     monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or step(*args, **named))
     norms, norm = [], cpu_elementwise.rms
@@ -69,20 +55,20 @@ def test_decoding_runs_nothing_of_our_own(model, monkeypatch):
         fused, steps = decoded(), len(calls)
         assert steps == 9 * 2  # one call per token and layer
         assert len(norms) == 2 * steps
-        with plain(), Recorded() as recorded:
+        with plain(), our_operators() as ours:
             defined = decoded()
     assert len(calls) == steps
     assert len(norms) == 2 * steps
-    assert not recorded.ours
+    assert not ours
     torch.testing.assert_close(fused, defined, rtol=1e-4, atol=1e-5)
 
 
-def test_an_error_ends_it():
+def test_an_error_ends_it(our_operators):
     with pytest.raises(KeyError), plain():
         raise KeyError
-    with Recorded() as recorded:
+    with our_operators() as ours:
         StarLM(StarLMConfig(vocab_size=9, depth=1, dim=32))(torch.tensor([[1]]))
-    assert recorded.ours
+    assert ours
 
 
 def test_two_threads_may_overlap():
