@@ -117,6 +117,8 @@ def fake_data(stand_in):
     class PrepareReport:
         out: Path
         tokens: int = 100
+        skipped: int = 0
+        skipped_first: tuple[str, ...] = ()
 
     def prepare(sources, out, *, progress=None, **options):
         calls.append((sources, out, options))

@@ -52,7 +52,8 @@ def test_data_prepare(command, fake_data):
     assert done.code == 0, done.err
     sources, out, options = fake_data.prepared[0]
     assert (sources, out, options["vocab_size"]) == (["a", "b.txt"], Path("d"), 300)
-    assert done.json == {"out": "d", "tokens": 100}
+    assert done.json["out"] == "d"
+    assert done.json["tokens"] == 100
     assert "tokens: 2/2 (100%)" in done.err
 
 
@@ -64,6 +65,18 @@ def test_data_prepare_says_what_it_did_not_read(command):
     Path("text/main.c").write_text("int main() {}")
     done = command("data", "prepare", "text", "--out", "some")
     assert "Left out, for their names: 1 .c. Plain text" in done.out
+
+
+def test_data_prepare_passes_over_what_is_no_text_if_asked(command):
+    Path("text").mkdir()
+    for name, content in (("a.txt", b"one two"), ("b.txt", b"three"), ("latin.txt", b"\xe9")):
+        Path("text", name).write_bytes(content)
+    refused = command("data", "prepare", "text", "--out", "d", "--vocab-size", "265")
+    assert refused.code == 2
+    assert "--skip-unreadable" in refused.err
+    done = command("data", "prepare", "text", "--out", "d", "--vocab-size", "265", "--skip-unreadable")
+    assert done.code == 0, done.err
+    assert "Passed over 1 without text: latin.txt\n" in done.out
 
 
 def test_data_prepare_says_what_is_little(command):
