@@ -69,11 +69,12 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
             layer = block.mixer
             if not shifts or not isinstance(layer, Deformer):
                 continue
-            start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
-            start = start + torch.randn(layer.dim)
             if shifts == "frozen":
                 layer.shift.requires_grad_(False)
-            elif shifts == "static":
+                continue
+            start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
+            start = start + torch.randn(layer.dim)
+            if shifts == "static":
                 layer.shift = Static(start)
                 block.mlp = _wider(config)
             else:

@@ -90,9 +90,11 @@ def run(
             print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
     if any(peaks.values()):
-        print(f"MiB that a call takes at its highest moment, above those before\n\n{_row(grid.axis, *peers)}")
+        title = "MiB that a call takes at its highest moment, above those before"
+        print(f"\n{title}\n\n{_row(grid.axis, *peers)}")
         for size in sizes:
-            print(_row(f"{size:,}", *(_mebibytes(peaks.get((name, size))) for name in peers)))
+            cells = ("skipped" if (n, size) in skipped else _mebibytes(peaks.get((n, size))) for n in peers)
+            print(_row(f"{size:,}", *cells))
     if options.plot is not None:
         from starlm.bench.plot import Line, draw
 

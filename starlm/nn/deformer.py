@@ -264,6 +264,7 @@ class Deformer(nn.Module):
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return None
         streams = np.zeros((3, 3, len(values)), np.int64)
+        # In the order of the kernel's kinds.
         for kind, name in enumerate(("now", "anchored", "box")):
             if name in self.spans:
                 keep, sums = None if name == "anchored" else self.max_shift, name == "box"
