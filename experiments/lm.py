@@ -18,7 +18,7 @@ from experiments.variants import SHIFTS, VARIANTS, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.files import write_whole
-from starlm.model.checkpoint import load_tensors
+from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
 from starlm.report.metrics import read_run
 from starlm.train.config import OptimConfig, TrainConfig
@@ -68,7 +68,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     build = builder(name)
     end = train(config, on_record=note, build=build)
     model = build(config.model).eval()
-    model.load_state_dict(load_tensors(Path(end["checkpoint"]) / "model.safetensors"))
+    load_weights(model, Path(end["checkpoint"]))
     split = by_position_and_recall(model, TokenData.open(data).splits["validation"], args.eval_tokens)
     # From the run's own record, which knows of the sessions before this one.
     metrics = read_run(config.out)

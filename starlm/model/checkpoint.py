@@ -216,14 +216,25 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> StarLM:
     verify(folder)
     where = str(folder / "config.json")
     values = {k: v for k, v in read_json(folder / "config.json").items() if k not in _HF_KEYS}
-    config = from_dict(StarLMConfig, values, where=where)
     with torch.device("meta"):
-        model = StarLM(config)
+        model = StarLM(from_dict(StarLMConfig, values, where=where))
+    load_weights(model, folder, assign=True)
+    return model.to(device).eval()
+
+
+def load_weights(model: StarLM, folder: Path, *, assign: bool = False) -> None:
+    """Give a model the weights of a checkpoint folder, which `verify` has found whole.
+
+    Args:
+        assign: the file's tensors take the place of the parameters, which are otherwise written over.
+
+    Raises:
+        InputError: unreadable files, or weights of another model.
+    """
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors |= load_tensors(file)
-    model.load_state_dict(_fitting(tensors, model, folder), assign=True)
-    return model.to(device).eval()
+    model.load_state_dict(_fitting(tensors, model, folder), assign=assign)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -13,12 +13,13 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import readable_os_errors, sync, whole_folder, write_whole
 from starlm.model.checkpoint import (
-    load_model,
     load_tensors,
+    load_weights,
     read_json,
     save_tensors,
     step_of,
     steps,
+    verify,
     write_json,
     write_manifest,
     write_model,
@@ -142,7 +143,8 @@ class Run:
             InputError: it is damaged.
         """
         folder = steps(self.folder)[-1]
-        model.load_state_dict(load_model(folder).state_dict())
+        verify(folder)
+        load_weights(model, folder)
         optimizers.load(load_tensors(folder / "optimizer.safetensors"))
         return read_json(folder / "trainer.json")
 

@@ -17,6 +17,7 @@ from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.generate.text import load
 from starlm.model.model import StarLM
+from starlm.nn.mlp import MLP
 from starlm.train import loop
 from starlm.train.loop import Interrupted, train
 from starlm.train.run import Run
@@ -152,6 +153,20 @@ def test_going_on_equals_never_having_stopped(config, tmp_path, crash_at):
         one, other = (run.out / "checkpoints" / "step-000008" / file for run in (straight, stopped))
         assert one.read_bytes() == other.read_bytes(), file
     assert end["seconds"] > 0
+
+
+def test_a_model_that_its_config_does_not_describe_goes_on_too(config, tmp_path):
+    def build(settings):
+        model = StarLM(settings)
+        model.blocks[1].mlp = MLP(settings.width, 3)
+        return model
+
+    straight, stopped = (config(out=tmp_path / name, save_every=2) for name in ("straight", "stopped"))
+    train(straight, build=build)
+    with pytest.raises(Crash):
+        train(stopped, on_record=stop_at(5, crash), build=build)
+    train(stopped, build=build)
+    assert losses_of(stopped.out) == losses_of(straight.out)
 
 
 def test_a_finished_run_stays_finished(config):
