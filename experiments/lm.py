@@ -32,7 +32,9 @@ HELD_OUT = {"packages": 0.01}
 
 def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     """Train and measure one variant; the path of its result."""
-    key = f"{args.corpus}-{name}-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}-lr{rate}-seed{seed}"
+    shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
+    size = f"w{args.width}-l{args.depth}-t{args.length}-s{args.steps}"
+    key = f"{args.corpus}-{name}-{size}-lr{rate}{shifts}-seed{seed}"
     result = RESULTS / f"{key}.json"
     if result.is_file():
         return result
@@ -49,7 +51,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         model=StarLMConfig(
             vocab_size=vocab, depth=args.depth, dim=args.width, context=args.length, **settings(name)
         ),
-        optim=OptimConfig(matrix_lr=rate),
+        optim=OptimConfig(matrix_lr=rate, shift_lr=args.shift_rate),
         batch_tokens=args.batch,
         steps=args.steps,
         eval_every=args.eval_every,
@@ -83,6 +85,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         "steps": args.steps,
         "tokens": end["tokens"],
         "matrix_lr": rate,
+        "shift_lr": config.optim.shift_lr,
         "seed": seed,
         "parameters": {
             "blocks": sum(p.numel() for p in model.blocks.parameters()),
@@ -112,7 +115,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "variants", nargs="+", choices=[*VARIANTS, *(f"{v}+{s}" for v in ("gated", "star") for s in SHIFTS)]
+        "variants",
+        nargs="+",
+        choices=[*VARIANTS, *(f"{name}+{shifts}" for name in VARIANTS for shifts in SHIFTS)],
+        metavar="variant",
+        help="a name in experiments/variants.py, with or without what becomes of its shifts: star+static",
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=256)
@@ -122,6 +129,12 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02], help="Muon's learning rates")
+    parser.add_argument(
+        "--shift-rate",
+        type=float,
+        default=OptimConfig().shift_lr,
+        help="the shift projections' over the others'",
+    )
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-tokens", type=int, default=65536, help="of the validation split")
     parser.add_argument("--threads", type=int, default=1)

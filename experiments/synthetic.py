@@ -103,12 +103,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--heads", type=int, default=0, help="0: as the width has it")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate")
+    parser.add_argument("--shift-rate", type=float, default=OptimConfig().shift_lr, help="over the others'")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     heads = f"-h{args.heads}" if args.heads else ""
-    path = RESULTS / f"{args.task}-{args.variant}-w{args.width}{heads}-lr{args.rate}-seed{args.seed}.json"
+    shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
+    name = f"{args.task}-{args.variant}-w{args.width}{heads}-lr{args.rate}{shifts}-seed{args.seed}"
+    path = RESULTS / f"{name}.json"
     if path.is_file():
         return
     torch.set_num_threads(args.threads)
@@ -116,7 +119,7 @@ def main() -> None:
     rng, task = np.random.default_rng(args.seed), TASKS[args.task]
     options = {**VARIANTS[args.variant], "depth": 2, "dim": args.width, "heads": args.heads}
     model = StarLM(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
-    optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate))
+    optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate, shift_lr=args.shift_rate))
     seen, steps, began = 0.0, 0, time.perf_counter()
     for step in range(args.steps):
         tokens, labels = task(rng, 32, TRAINED)
@@ -140,6 +143,7 @@ def main() -> None:
         "width": args.width,
         "heads": model.config.num_heads,
         "matrix_lr": args.rate,
+        "shift_lr": args.shift_rate,
         "seed": args.seed,
         "updates": steps,
         "seconds": round(time.perf_counter() - began, 1),

@@ -16,13 +16,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from starlm.train.config import OptimConfig
+
 RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, Any]]
 
 
 def read(kind: str) -> Rows:
-    """All results of one kind of experiment."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))]
+    """All results of one kind; another rate of the shifts than the default makes another variant."""
+    rows = [json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))]
+    default = OptimConfig().shift_lr
+    for row in rows:
+        if (rate := row.get("shift_lr", default)) != default:
+            row["variant"] += f", shift rate {rate:g}"
+    return rows
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:

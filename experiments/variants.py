@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
+from starlm.nn.linear import init_matrix
 from starlm.nn.mlp import MLP
 
 # As settings of `StarLMConfig`.
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
 }
 # A variant and one of these, as in gated+static: what becomes of its predicted shifts.
-SHIFTS = ("frozen", "static", "zero")
+SHIFTS = ("random", "frozen", "static")
 
 
 class Static(nn.Module):
@@ -57,9 +57,9 @@ def settings(name: str) -> dict[str, Any]:
 def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
     """What makes the variant's model.
 
-    frozen: the shift projections stay as they start. static: a learned constant per channel takes their
-    place, and their D² parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D. zero: they start
-    at 0 with a bias that is spread as the constants are, so that the model starts as a static one.
+    random: shift projections start at random, as other matrices do, in place of a spread of their biases.
+    frozen: so, and they stay. static: a learned constant per channel takes their place, and their D²
+    parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
     """
     shifts = name.partition("+")[2]
 
@@ -69,17 +69,14 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
             layer = block.mixer
             if not shifts or not isinstance(layer, Deformer):
                 continue
-            if shifts == "frozen":
-                layer.shift.requires_grad_(False)
-                continue
-            start = layer.shift.bias.detach() if layer.shift.bias is not None else torch.zeros(layer.dim)
-            start = start + torch.randn(layer.dim)
             if shifts == "static":
-                layer.shift = Static(start)
+                layer.shift = Static(layer.shift.bias.detach())
                 block.mlp = _wider(config)
             else:
-                nn.init.zeros_(layer.shift.weight)
-                layer.shift.bias = nn.Parameter(start)
+                init_matrix(layer.shift)
+                boxes = layer.kinds.count("box") * layer.dim // layer.heads
+                nn.init.zeros_(layer.shift.bias[: layer.dim - boxes])
+                layer.shift.requires_grad_(shifts == "random")
         return model
 
     return build

@@ -34,7 +34,7 @@ class StarLMConfig:
     max_shift: int | None = None
     """Furthest reach of a Deformer head in tokens; None is unbounded. Bounded means constant memory."""
     shift_init: float | None = None
-    """Shift in tokens that `now` heads start from (a learned bias); None has no bias: 0.8 on average."""
+    """Shift in tokens that all channels of `now` heads start from; None spreads them: 0.8 on average."""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
     attention_window: int = 128
@@ -121,9 +121,7 @@ class StarLMConfig:
     def num_parameters(self) -> dict[str, int]:
         """Parameters by part: embedding, head, mixers, mlps, total."""
         d = self.width
-        deformer = (3 if self.preset == "value" else 4) * d * d
-        if self.shift_init is not None or "box" in self.head_kinds:
-            deformer += (2 if self.preset == "product" else 1) * d
+        deformer = (3 if self.preset == "value" else 4) * d * d + (2 if self.preset == "product" else 1) * d
         sizes = {"D": deformer, "A": 4 * d * d, "W": 4 * d * d, "C": 4 * d * d + 3 * d}
         mixers = sum(sizes[kind] for kind in self.layer_kinds)
         parts = {
@@ -135,7 +133,7 @@ class StarLMConfig:
         return {**parts, "total": sum(parts.values())}
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Floating-point operations to train on one token: 6 per matrix weight, and attention's own.
+        """Floating-point operations to train on one token: 6 per weight behind the embedding; attention.
 
         Args:
             length: tokens per row, for the attention layers; default `context`.

@@ -82,8 +82,8 @@ class Deformer(nn.Module):
             kinds: of the heads, repeated over them (`starlm.nn.heads`); default the preset's own.
             max_shift: shifts of `now` heads and windows of `box` heads are clipped to this many tokens, so
                 decoding keeps a bounded number of rows for them.
-            shift_init: adds a bias to the shift projections that makes `now` heads start at this shift,
-                in tokens. Without it shifts start at softplus(N(0, 1)): 0.8 on average.
+            shift_init: the shift, in tokens, at which all channels of `now` heads start. Without it they
+                are spread, at softplus(N(0, 1)): 0.8 on average.
             window: longest window that box heads start from, in tokens; the shortest is 2.
 
         Raises:
@@ -112,31 +112,33 @@ class Deformer(nn.Module):
         self._counts = {"near": near, "boxes": boxes}
         if preset == "product":
             self.query, self.key = linear(dim, dim), linear(dim, dim)
-            self.query_shift, self.key_shift = self._shift_projection(), self._shift_projection()
+            self.query_shift, self.key_shift = nn.Linear(dim, dim), nn.Linear(dim, dim)
         else:
-            self.value, self.shift = linear(dim, dim), self._shift_projection()
+            self.value, self.shift = linear(dim, dim), nn.Linear(dim, dim)
             if preset != "value":
                 self.gate = linear(dim, dim)
             self.out = linear(dim, dim)
         self.reset_parameters()
 
-    def _shift_projection(self) -> nn.Linear:
-        return nn.Linear(self.dim, self.dim, bias=self.shift_init is not None or "box" in self.spans)
-
     def reset_parameters(self) -> None:
-        """Start the weights: the output projection at zero, shifts and windows by their biases."""
+        """Start the weights: the output projection at zero, and the shift projections too, but for a bias.
+
+        So a channel reads at the same distance for every token at first, and learns where else to read from
+        there. Projections that start at random are noise to all that reads them (docs/evidence.md).
+        """
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Linear)
-            if name == "out":
+            if layer.bias is not None:
+                nn.init.zeros_(layer.weight)
+                self._start_shifts(layer.bias)
+            elif name == "out":
                 nn.init.zeros_(layer.weight)
             else:
                 init_matrix(layer)
-            if layer.bias is not None:
-                self._start_bias(layer.bias)
 
     @torch.no_grad()
-    def _start_bias(self, bias: nn.Parameter) -> None:
-        nn.init.zeros_(bias)
+    def _start_shifts(self, bias: nn.Parameter) -> None:
+        nn.init.normal_(bias)
         channels = self.dim // self.heads
         if self.shift_init is not None and "now" in self.spans:
             # softplus^-1, in the form that does not overflow.
@@ -147,7 +149,7 @@ class Deformer(nn.Module):
             windows = bias[self.spans["box"].start * channels :]
             share = torch.linspace(0, 1, len(windows), device=bias.device)
             start, end = math.log(2), math.log(max(self.window, 2))
-            windows.add_(2 * (start + (end - start) * share))
+            windows.copy_(2 * (start + (end - start) * share))
 
     def shift_parameters(self) -> list[nn.Parameter]:
         """The shift projections: a parameter group of their own."""

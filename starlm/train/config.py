@@ -19,7 +19,7 @@ class OptimConfig:
 
     matrix_lr: float = 0.02
     """Muon's rate for the matrices."""
-    shift_lr: float = 1.0
+    shift_lr: float = 0.1
     """The shift projections' rate, as a factor of matrix_lr."""
     embedding_lr: float = 0.2
     """AdamW's rate for the embedding at width 768; scaled by (D / 768)^-0.5."""

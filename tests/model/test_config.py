@@ -106,10 +106,10 @@ def test_by_hand_beats_the_dial():
 
 
 def test_flops_per_token():
-    """6 for each weight that multiplies; attention also reads T / 2 rows twice, forward and backward."""
+    """6 for each weight behind the embedding; attention also reads T / 2 rows twice, forward and backward."""
     config = StarLMConfig(depth=4, dim=32, heads=2, vocab_size=100, layers="DA", context=64)
-    matrices = 100 * 32 + 4 * (4 + 8) * 32 * 32
-    assert config.flops_per_token() == 6 * matrices + 2 * (3 * 2 * 2 * 32 * 64 // 2)
+    weights = 100 * 32 + 4 * (4 + 8) * 32 * 32 + 2 * 32
+    assert config.flops_per_token() == 6 * weights + 2 * (3 * 2 * 2 * 32 * 64 // 2)
     assert config.flops_per_token(128) - config.flops_per_token() == 2 * (3 * 2 * 2 * 32 * 32)
     linear = StarLMConfig(depth=4, dim=32, heads=2, vocab_size=100)
     assert linear.flops_per_token(10**6) == linear.flops_per_token(1)

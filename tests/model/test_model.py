@@ -105,14 +105,14 @@ def test_definition(softcap):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_start(kind):
-    """As the recipe has it: embedding std 1, head and output projections zero, so the loss is ln V."""
+    """As the recipe has it: embedding std 1; head, output and shift projections zero, so the loss is ln V."""
     chosen = {"depth": 2, "dim": 64, "heads": 2, "vocab_size": 3000, **KINDS[kind]}
     model = StarLM(StarLMConfig(**chosen))
     assert model.embedding.weight.std().item() == pytest.approx(1, rel=0.02)
     tokens, targets = torch.randint(3000, (2, 2, 8))
     assert model.loss(tokens, targets).item() == pytest.approx(math.log(3000), rel=1e-6)
     for name, weight in model.named_parameters():
-        if name.endswith(("out.weight", "down.weight", "head.weight")):
+        if name.endswith(("out.weight", "down.weight", "head.weight", "shift.weight")):
             assert weight.eq(0).all(), name
         elif weight.ndim == 2 and not name.endswith(("embedding.weight", "taps")):
             fan_out, fan_in = weight.shape

@@ -129,15 +129,27 @@ def test_shift_init_is_where_every_channel_starts(preset, tokens):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_start(preset):
-    """Output projections at zero, matrices at 1/sqrt(fan_in), shifts a group of their own without bias."""
+    """Output and shift projections at zero, other matrices at 1/sqrt(fan_in); shifts are a group."""
     layer = Deformer(256, 4, preset=preset)
+    streams = ("query_shift", "key_shift") if preset == "product" else ("shift",)
     for name, weight in layer.named_parameters():
-        wanted = 0.0 if name == "out.weight" else 1 / math.sqrt(256)
-        assert weight.std().item() == pytest.approx(wanted, rel=0.03)
+        zero = name in ("out.weight", *(f"{stream}.weight" for stream in streams))
+        wanted = 0.0 if zero else 1.0 if name.endswith("bias") else 1 / math.sqrt(256)
+        assert weight.std().item() == pytest.approx(wanted, rel=0.15 if name.endswith("bias") else 0.03), name
     names = {name for name, p in layer.named_parameters() if any(p is s for s in layer.shift_parameters())}
-    assert names == ({"query_shift.weight", "key_shift.weight"} if preset == "product" else {"shift.weight"})
+    assert names == {f"{stream}.{part}" for stream in streams for part in ("weight", "bias")}
     if preset != "product":
         assert layer(torch.randn(1, 5, 256)).eq(0).all()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "star"])
+def test_every_token_reads_at_the_same_distance_at_first_and_the_channels_at_many(preset):
+    layer = Deformer(64, 8, preset=preset, window=100)
+    origins = {n: torch.arange(20).expand(1, -1) for n in layer.orders}
+    for reads in layer.reads(torch.randn(1, 20, 64), origins=origins, past=1000).values():
+        back = reads.near - reads.near[:, :1] - torch.arange(20)[:, None, None]
+        assert back[:, :, :2].eq(0).all()
+        assert reads.fraction[:, :, :2].unique().numel() >= 16
 
 
 def test_empty():

@@ -123,7 +123,7 @@ def test_anchored_heads_ask_for_origins():
     assert plain(x).shape == x.shape
 
 
-def test_windows_start_log_spaced_and_shifts_at_shift_init():
+def test_windows_start_log_spaced_and_shifts_at_shift_init_or_spread():
     layer = Deformer(64, 8, preset="star", window=200, shift_init=3.0)
     bias = layer.shift.bias.detach().view(8, 8)
     windows = (bias[6:] / 2).exp().flatten()
@@ -132,4 +132,4 @@ def test_windows_start_log_spaced_and_shifts_at_shift_init():
     ratios = windows[1:] / windows[:-1]
     assert (ratios - ratios.mean()).abs().max() < 1e-3
     assert torch.allclose(torch.nn.functional.softplus(bias[:2]), torch.tensor(3.0))
-    assert bias[2:6].eq(0).all()
+    assert 0.5 < bias[2:6].std() < 1.5

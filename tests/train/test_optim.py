@@ -76,7 +76,7 @@ def newton_schulz(matrix, steps=5):
 
 def test_a_matrix_moves_by_its_orthogonalised_momentum():
     model = make_model()
-    optimizers = Optimizers(model, OptimConfig(warmdown=0.0, matrix_lr=0.1, momentum=0.95))
+    optimizers = Optimizers(model, OptimConfig(warmdown=0.0, matrix_lr=0.1, shift_lr=1.0, momentum=0.95))
     momentum, steps, checked = {}, 100, 0
     for step in range(3):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
