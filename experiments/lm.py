@@ -17,6 +17,7 @@ from experiments.measure import by_position_and_recall
 from experiments.variants import SHIFTS, VARIANTS, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
+from starlm.errors import StarLMError
 from starlm.files import write_whole
 from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
@@ -141,10 +142,13 @@ def main() -> None:
     parser.add_argument("--corpus", default="embedded", help="embedded, packages, or a name of your own")
     parser.add_argument("--corpus-path", help="text file or folder of your own corpus")
     args = parser.parse_args()
-    for seed in args.seeds:
-        for rate in args.rates:
-            for name in args.variants:
-                run(name, args, seed, rate)
+    try:
+        for seed in args.seeds:
+            for rate in args.rates:
+                for name in args.variants:
+                    run(name, args, seed, rate)
+    except StarLMError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
