@@ -14,7 +14,7 @@ import torch
 
 from experiments import packages
 from experiments.measure import by_position_and_recall
-from experiments.variants import SHIFTS, VARIANTS, builder, settings
+from experiments.variants import NAMES, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.errors import StarLMError
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "variants",
         nargs="+",
-        choices=[*VARIANTS, *(f"{name}+{shifts}" for name in VARIANTS for shifts in SHIFTS)],
+        choices=NAMES,
         metavar="variant",
         help="a name in experiments/variants.py, with or without what becomes of its shifts: star+static",
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.variants import VARIANTS
+from experiments.variants import NAMES, builder, settings
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace, rate: float) -> None:
     inputs, labels = map(torch.from_numpy, examples(TRAIN_ROWS, length, pairs, seed=args.seed + 1))
     test = tuple(map(torch.from_numpy, examples(TEST_ROWS, length, pairs, seed=args.seed + 10_000)))
     torch.manual_seed(args.seed)
-    options = {**VARIANTS[args.variant], "mlp_ratio": 0, "depth": 2, "dim": args.width, "softcap": 0.0}
-    model = StarLM(StarLMConfig(vocab_size=VOCAB, context=length, **options))
+    options = {**settings(args.variant), "mlp_ratio": 0, "depth": 2, "dim": args.width, "softcap": 0.0}
+    model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=length, **options))
     # The recipe's optimizer; weights start as its models do, since zero heads are part of another recipe.
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variant", choices=list(VARIANTS))
+    parser.add_argument("variant", choices=NAMES)
     parser.add_argument("--size", type=int, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4.6e-4, 2.2e-3, 1e-2])

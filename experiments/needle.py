@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import nn
 
-from experiments.variants import VARIANTS
+from experiments.variants import NAMES, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import Split, TokenData
 from starlm.files import write_whole
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variant", choices=list(VARIANTS), default="star")
+    parser.add_argument("--variant", choices=NAMES, default="star")
     parser.add_argument("--length", type=int, default=1_000_000)
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
     parser.add_argument("--steps", type=int, default=300)
@@ -130,8 +130,8 @@ def main() -> None:
         prepare("embedded", DATA)
     data = TokenData.open(DATA)
     vocab, rng = data.vocab_size, np.random.default_rng(args.seed)
-    options = {**VARIANTS[args.variant], "depth": 2, "dim": args.width}
-    model = StarLM(StarLMConfig(vocab_size=vocab + 2 * FACTS, context=TRAINED, **options))
+    options = {**settings(args.variant), "depth": 2, "dim": args.width}
+    model = builder(args.variant)(StarLMConfig(vocab_size=vocab + 2 * FACTS, context=TRAINED, **options))
     share = train(model, text(data.splits["train"]), vocab, rng, args.steps)
     print(f"trained at {TRAINED}: {share:.3f} of the answers right", flush=True)
     held_out, found = text(data.splits["validation"]), {}

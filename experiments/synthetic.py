@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.variants import VARIANTS
+from experiments.variants import NAMES, builder, settings
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variant", choices=list(VARIANTS))
+    parser.add_argument("variant", choices=NAMES)
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
@@ -117,8 +117,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng, task = np.random.default_rng(args.seed), TASKS[args.task]
-    options = {**VARIANTS[args.variant], "depth": 2, "dim": args.width, "heads": args.heads}
-    model = StarLM(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
+    options = {**settings(args.variant), "depth": 2, "dim": args.width, "heads": args.heads}
+    model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
     optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate, shift_lr=args.shift_rate))
     seen, steps, began = 0.0, 0, time.perf_counter()
     for step in range(args.steps):

@@ -35,6 +35,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # A variant and one of these, as in gated+static: what becomes of its predicted shifts.
 SHIFTS = ("random", "frozen", "static")
+# Where that is defined: models with layers of one shift projection, and an MLP to take its parameters.
+NAMES = [
+    *VARIANTS,
+    *(
+        f"{name}+{shifts}"
+        for name, of in VARIANTS.items()
+        if of.get("preset", "product") != "product" and of.get("mlp_ratio") != 0
+        for shifts in SHIFTS
+    ),
+]
 
 
 class Static(nn.Module):
