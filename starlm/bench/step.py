@@ -1,6 +1,7 @@
 """Training steps of whole models, side by side: loss, gradients, optimizers; tokens per second.
 
 starlm bench train
+starlm bench train --dtype bfloat16 --compile
 starlm bench train --lengths 1024 8192 32768 --repeats 1 --limit-seconds 600
 """
 
@@ -11,6 +12,7 @@ import torch
 
 from starlm.bench.config import TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
+from starlm.device import pick_device
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -44,7 +46,11 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
         )
         for name, settings in MODELS.items()
     }
-    return run("train", grid, peers, options, machine)
+    if not options.compile:
+        return run("train", grid, peers, options, machine)
+    # One method, compiled for every model at every length.
+    with torch._dynamo.config.patch(recompile_limit=len(peers) * len(options.lengths)):
+        return run("train", grid, peers, options, machine)
 
 
 def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> Callable[[], Any]:
@@ -52,14 +58,16 @@ def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> 
     config = StarLMConfig(
         vocab_size=options.vocab_size, depth=options.depth, dim=options.dim, context=length, **settings
     )
-    model = StarLM(config)
+    device = pick_device(options.device)
+    model = StarLM(config).to(device)
     optimizers = Optimizers(model, OptimConfig())
-    tokens = torch.randint(options.vocab_size, (options.rows(length), length + 1))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    tokens = torch.randint(options.vocab_size, (options.rows(length), length + 1)).to(device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    loss_of = torch.compile(model.loss, fullgraph=True, dynamic=False) if options.compile else model.loss
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            loss = model.loss(inputs, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            loss = loss_of(inputs, targets)
         loss.backward()
         optimizers.step(0, 1)
 
