@@ -102,10 +102,10 @@ class _Session:
         self.step = Step(
             self.model,
             self.optimizers,
+            torch.compile(self.model.loss) if config.compile else self.model.loss,
             precision=self.precision,
             clip=config.optim.clip,
             parts=config.rows // (config.micro_rows or config.rows),
-            compile=config.compile,
             graph=config.cuda_graph,
         )
         self.fingerprint, self.seconds = self.data.splits["train"].fingerprint, 0.0

@@ -1,7 +1,7 @@
 """One training step: loss, gradients, clipping, update. On a GPU recorded once, then replayed."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -9,11 +9,17 @@ from torch import Tensor
 from starlm.data.loader import Batch
 from starlm.errors import StarLMError
 from starlm.model.model import StarLM
-from starlm.train.optim import Optimizers
 
 # Steps that run as they are before one is recorded: what is made at first use, such as the optimizers' state
 # and compiled kernels, must be there by then.
 WARMUP = 3
+
+
+class Updates(Protocol):
+    """What `starlm.train.optim.Optimizers` does."""
+
+    def update(self) -> None:
+        """Update every parameter from its gradient, and clear the gradients, without asking the GPU."""
 
 
 class Step:
@@ -27,25 +33,25 @@ class Step:
     def __init__(
         self,
         model: StarLM,
-        optimizers: Optimizers,
+        optimizers: Updates,
+        loss: Callable[..., Tensor],
         *,
-        precision: Literal["float32", "bfloat16"],
-        clip: float,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        clip: float = 0.0,
         parts: int = 1,
-        compile: bool = False,
         graph: bool = True,
     ) -> None:
         """Args:
+        loss: loss(inputs, targets, first=first), of tensors [B, T]; `model.loss`, if nothing else is meant.
         precision: of the matrix products.
         clip: largest norm of the whole gradient; 0 is off.
         parts: in which a batch goes by, its gradients added up; must divide its rows.
-        compile: run the loss through torch.compile.
         graph: replay a recorded step where the model is on a GPU.
         """
         self.model, self.optimizers, self.precision = model, optimizers, precision
         self.clip, self.parts = clip or torch.inf, parts
         self.device = model.head.weight.device
-        self._loss: Callable[..., Tensor] = torch.compile(model.loss) if compile else model.loss
+        self._loss = loss
         self._warmup = WARMUP if graph and self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []

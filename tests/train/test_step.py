@@ -29,7 +29,7 @@ def steps(model, device="cpu", schedule=OptimConfig(), **options):  # noqa: B008
     """Losses and norms of STEPS steps, and the model after them."""
     model = copy.deepcopy(model).to(device)
     optimizers = Optimizers(model, schedule)
-    step = Step(model, optimizers, **{"precision": "float32", "clip": 1.0} | options)
+    step = Step(model, optimizers, model.loss, **{"precision": "float32", "clip": 1.0} | options)
     found = []
     for number, batch in enumerate(batches()):
         optimizers.schedule(number, STEPS)
@@ -93,11 +93,10 @@ def test_what_cannot_be_recorded_is_named(model):
     from starlm.errors import StarLMError
 
     def loss(*args, **kwargs):
-        return StarLM.loss(model, *args, **kwargs) * torch.ones(()).cuda().item()
+        return model.loss(*args, **kwargs) * torch.ones(()).cuda().item()
 
-    model = model.cuda()
-    step = Step(model, Optimizers(model, OptimConfig()), precision="float32", clip=1.0)
-    step._loss = loss
+    model.cuda()
+    step = Step(model, Optimizers(model, OptimConfig()), loss)
     *warm, batch = list(batches())[: WARMUP + 1]
     for each in warm:
         step(each)
