@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from starlm.bench import decode, layer, step, timing
+from starlm.bench import grid as grid_module
 from starlm.bench.config import DecodeOptions, LayerOptions, TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
 from starlm.bench.timing import peak_memory
@@ -230,6 +231,26 @@ def test_bursts():
     assert timing.burst(1e-3, timing.CPU) == 1
     found = timing.interleave({"a": lambda: calls.append(1)}, 2, times={"a": 5})
     assert (len(calls), len(found["a"].seconds)) == (10, 2)
+
+
+def test_what_a_gpu_is_asked_for(monkeypatch, capsys):
+    """Warm-up, the peak of tensors, bursts; with a GPU that is not there."""
+    log, held = [], iter([100, 100])
+    monkeypatch.setattr(grid_module, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(grid_module, "describe", lambda device: {"GPU": "abacus"})
+    monkeypatch.setattr(timing, "BURST_CALLS", 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 107)
+    peers = {"a": Peer(make=lambda size: lambda: log.append("call"))}
+    options = dataclasses.replace(LAYER, lengths=(16,), repeats=1)
+    result = run("layer", dataclasses.replace(GRID, memory=True), peers, options, {})
+    once, burst = ["wait", "call", "wait"], ["wait", *["call"] * 3, "wait"]
+    assert log == ["call"] * timing.WARM_CALLS + ["reset", "call"] + once + burst
+    (cell,) = result["cells"]
+    assert (cell["peak_bytes"], cell["calls"], result["device"]) == (7, 3, "cuda")
+    assert "GPU: abacus" in capsys.readouterr().out
 
 
 @pytest.mark.compile
