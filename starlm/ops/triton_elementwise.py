@@ -1,4 +1,4 @@
-"""Fused GPU kernels of relu² and of the loss of logits: Triton, one pass over memory or two, not many.
+"""Fused GPU kernels of RMSNorm, relu² and the loss of logits: Triton, one pass over memory or two, not many.
 
 Arithmetic is fp32, whatever the tensors are. As those of `starlm.ops.triton` they run on CPU tensors in
 Triton's interpreter, for tests.
@@ -11,8 +11,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of one program of relu², and of one step over a row of logits.
+# Elements of one program of RMSNorm and relu², and of one step over a row of logits.
 BLOCK, COLUMNS = 1024, 4096
+
+
+@triton.jit
+def _rms(x, out, rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    v = tl.load(x + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v, 1) / WIDTH + eps)
+    tl.store(out + row * WIDTH + column, v * scale[:, None], mask=inside)
+
+
+@triton.jit
+def _rms_backward(grad, x, out, rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    v = tl.load(x + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v, 1) / WIDTH + eps)
+    along = tl.sum(g * v, 1) / WIDTH * scale * scale
+    tl.store(out + row * WIDTH + column, (g - v * along[:, None]) * scale[:, None], mask=inside)
 
 
 @triton.jit
@@ -87,6 +109,16 @@ def _softmax_loss(
             tl.store(logits + column, tl.where(target < 0, 0.0, grad), mask=inside)
 
 
+def rms(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`starlm.ops.elementwise.rms` for GPU tensors in fp32, bfloat16 or fp16, in `dtype`."""
+    return _rows(_rms, torch.empty(x.shape, dtype=dtype, device=x.device), x, eps=eps)
+
+
+def rms_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Its gradient, in the dtype of x."""
+    return _rows(_rms_backward, torch.empty(x.shape, dtype=x.dtype, device=x.device), grad, x, eps=eps)
+
+
 def relu2(x: Tensor) -> Tensor:
     """`starlm.ops.elementwise.relu2` for GPU tensors in fp32, bfloat16 or fp16."""
     return _flat(_relu2, x)
@@ -111,6 +143,18 @@ def softmax_loss(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bo
     options["num_warps"] = max(block // 512, 1)
     _launch(_softmax_loss, rows, (logits, targets.contiguous(), losses, softcap), options)
     return losses
+
+
+def _rows(kernel: Any, out: Tensor, *inputs: Tensor, eps: float) -> Tensor:
+    width = out.shape[-1]
+    columns = triton.next_power_of_2(width)
+    together = max(BLOCK // columns, 1)
+    rows = out.numel() // max(width, 1)
+    options = {"WIDTH": width, "ROWS": together, "COLUMNS": columns}
+    options["num_warps"] = min(max(together * columns // 256, 4), 16)
+    inputs = tuple(x.contiguous() for x in inputs)
+    _launch(kernel, -(-rows // together), (*inputs, out, rows, eps), options)
+    return out
 
 
 def _flat(kernel: Any, *inputs: Tensor) -> Tensor:

@@ -32,6 +32,22 @@ def _on_the_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "out"), [((7, 33), None), ((3, 5, 64), torch.bfloat16), ((2, 1500), None)])
+def test_rms(shape, out, dtype):
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(out or dtype)
+    got = kernels.rms(x, elementwise.EPS, out or dtype)
+    exact = x.double().requires_grad_()
+    wanted = torch.nn.functional.rms_norm(exact, shape[-1:], eps=elementwise.EPS)
+    (gradient,) = torch.autograd.grad(wanted, exact, grad.double())
+    back = kernels.rms_backward(grad, x, elementwise.EPS)
+    assert (got.dtype, back.dtype) == (out or dtype, dtype)
+    # The interpreter cuts bfloat16 off.
+    for a, b in ((got, wanted.detach()), (back, gradient)):
+        tolerance = 1e-5 if a.dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_relu2_in_memory_of_any_order(dtype):
     x, grad = torch.randn(40, 70).to(dtype).T, torch.randn(70, 40).to(dtype)
     x[0, 0] = torch.nan

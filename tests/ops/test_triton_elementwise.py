@@ -46,6 +46,7 @@ def build(monkeypatch, tmp_path):
         kernel = getattr(kernels, kernel)
         types = dict.fromkeys(("x", "grad", "out", "logits"), f"*{dtype}")
         types |= {"targets": "*i64", "losses": "*fp32", "softcap": "fp32", "size": "i64"}
+        types |= {"rows": "i64", "eps": "fp32"}
         signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         attributes = {
             (place,): [["tt.divisibility", 16]]
@@ -60,6 +61,8 @@ def build(monkeypatch, tmp_path):
 
 
 KERNELS = {
+    "rms": ("_rms", {"WIDTH": 768, "ROWS": 1, "COLUMNS": 1024}),
+    "rms, backward": ("_rms_backward", {"WIDTH": 33, "ROWS": 16, "COLUMNS": 64}),
     "relu2": ("_relu2", {"BLOCK": 1024}),
     "relu2, backward": ("_relu2_backward", {"BLOCK": 1024}),
     "loss": ("_softmax_loss", {"CAPPED": False, "GRAD": False, "WIDTH": 4099, "BLOCK": 4096}),
@@ -91,14 +94,27 @@ def test_on_a_gpu_the_kernels_are_taken(monkeypatch):
     from starlm.ops import triton_elementwise as kernels
 
     taken = []
-    for name in ("relu2", "relu2_backward", "softmax_loss"):
+    for name in ("rms", "rms_backward", "relu2", "relu2_backward", "softmax_loss"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *x, n=name, k=kernel: (taken.append(n), k(*x))[1])
     x = torch.randn(5, device="cuda", requires_grad=True)
     weight, targets = torch.randn(7, 5, device="cuda"), torch.arange(1, device="cuda")
+    elementwise.rms(x).sum().backward()
     elementwise.relu2(x).sum().backward()
     cross_entropy(x[None], weight, targets, softcap=15.0).backward()
-    assert taken == ["relu2", "relu2_backward", "softmax_loss"]
+    assert taken == ["rms", "rms_backward", "relu2", "relu2_backward", "softmax_loss"]
+
+
+@pytest.mark.gpu
+def test_rms_for_products_under_autocast():
+    x = torch.randn(3, 50, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert elementwise.rms(x).dtype == torch.float32
+        y = elementwise.rms(x, cast=True)
+    assert y.dtype == torch.bfloat16
+    assert elementwise.rms(x, cast=True).dtype == torch.float32
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+    assert grad.dtype == torch.float32
 
 
 def test_where_relu2_has_kernels():
@@ -107,6 +123,6 @@ def test_where_relu2_has_kernels():
         "cuda",
     }
     x = torch.zeros(1, requires_grad=True)
-    assert elementwise._fuses(x)
-    assert not elementwise._fuses(x.to("meta"))
-    assert not elementwise._fuses(x.double())
+    assert elementwise.fuses(x)
+    assert not elementwise.fuses(x.to("meta"))
+    assert not elementwise.fuses(x.double())
