@@ -22,7 +22,7 @@ GPU_DTYPES = *CPU_DTYPES, torch.float16
 
 
 def mixes(values: Tensor) -> bool:
-    """Whether `mix` has kernels for such values and they pay: on a CPU with a gradient to come, on a GPU always."""
+    """Whether `mix` has kernels for these values, and they pay: on a CPU where a gradient is to come."""
     if is_plain():
         return False
     if _on_gpu(values.device):

@@ -34,10 +34,12 @@ from starlm.ops.triton import _add, _bounds, _check, _indices, _lanes, _locate, 
 NOW, ANCHORED, BOX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # RMSNorm's epsilon, and how far a box head's mean is scaled up: see `starlm.ops.mix`.
 EPS, BOX_SCALE = tl.constexpr(1e-6), tl.constexpr(16.0)
-# Queries of one program that reads, few enough for many programs to share the registers; and of one that scatters.
+# Queries of one program that reads, few enough for many to share the registers, and of one that scatters.
 TIME, SPAN = 8, 16
-# Elements of a tile of whole heads, and blocks and columns of one step of the scan over blocks.
-TILE, BLOCKS, COLUMNS = 4096, 64, 32
+# Elements of a tile of one head's rows; more where they are summed up, so that fewer blocks are left to scan.
+TILE, BLOCK_TILE = 2048, 4096
+# Blocks and columns of one step of the scan over blocks.
+BLOCKS, COLUMNS = 128, 32
 # Elements of fp32 that are added to at once: they are to stay in the L2 cache, and to keep a GPU busy.
 PIECE = 1 << 22
 
@@ -253,7 +255,7 @@ def _backward(
 
 
 @triton.jit
-def _tile(length, heads, CHANNELS, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REVERSE: tl.constexpr):
+def _tile(length, heads, CHANNELS, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REVERSE):
     """Batch row, head, number of the block, and rows and columns of one head, with a mask."""
     program = tl.program_id(0)
     blocks = (length + ROWS - 1) // ROWS
@@ -417,7 +419,7 @@ def forward(
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     tensors = [_lanes(x) for x in (values, shift, out)] + ([] if gate is None else [_lanes(gate)])
     # All at once, but for box heads: who reads their sums is to find them in the cache.
-    for piece in _pieces(values, near, boxes, {BOX.value: PIECE}):
+    for piece in pieces_of(values, near, boxes, {BOX.value: PIECE}):
         v, s, y, *g = (piece.cut(x) for x in tensors)
         source, scale = piece.source(v)
         inputs = source, scale, s, *(g or [None])
@@ -446,7 +448,7 @@ def backward(
     tensors += [] if gate is None else [_lanes(gate), _lanes(dgate)]
     # One lane that walks a whole sequence needs all other sequences beside it.
     most = {} if deterministic else dict.fromkeys((NOW.value, ANCHORED.value, BOX.value), PIECE)
-    pieces = list(_pieces(values, near, boxes, most))
+    pieces = list(pieces_of(values, near, boxes, most))
     # Each piece leaves it at zero for the next.
     room = torch.zeros(max((piece.room for piece in pieces), default=0), device=values.device)
     for piece in pieces:
@@ -466,7 +468,7 @@ def backward(
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Batch rows and heads of one kind that are computed at once."""
 
     kind: int
@@ -525,14 +527,14 @@ class _Piece:
         totals = torch.empty(batch, blocks, self.width, dtype=torch.float64, device=source.device)
         self.by_tiles(_totals, source, totals, *_strides(source), **options)
         programs = batch * -(-self.width // COLUMNS)
-        _launch(_scan, programs, 4, totals, blocks, self.width, BLOCKS=BLOCKS, COLUMNS=COLUMNS)
+        _launch(_scan, programs, 8, totals, blocks, self.width, BLOCKS=BLOCKS, COLUMNS=COLUMNS)
         return totals
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of a tile, which is a head wide."""
         columns = triton.next_power_of_2(self.channels)
-        return max(1, TILE // columns), columns
+        return max(1, (BLOCK_TILE if self.kind == BOX.value else TILE) // columns), columns
 
     def by_tiles(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """Run a kernel on all rows of all heads."""
@@ -551,7 +553,7 @@ class _Piece:
         _launch(kernel, programs, lanes // 32, *arguments, self.length, self.width, furthest, **options)
 
 
-def _pieces(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) -> Iterator[_Piece]:
+def pieces_of(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) -> Iterator[Piece]:
     """All heads, kind by kind, with no more `room` to a piece than `most` of its kind, if it has one."""
     batch, length, heads, channels = values.shape
     if not values.numel():
@@ -560,13 +562,13 @@ def _pieces(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) -> I
     for kind, (begin, end) in ends.items():
         if begin == end:
             continue
-        one = _Piece(kind, slice(0, 1), slice(0, 1), 0, length, channels).room
+        one = Piece(kind, slice(0, 1), slice(0, 1), 0, length, channels).room
         fit = max(1, most[kind] // one) if kind in most else batch * heads
         some, rows = min(fit, end - begin), max(1, fit // (end - begin))
         for head in range(begin, end, some):
             for row in range(0, batch, rows):
                 parts = slice(row, min(row + rows, batch)), slice(head, min(head + some, end))
-                yield _Piece(kind, *parts, head - begin, length, channels)
+                yield Piece(kind, *parts, head - begin, length, channels)
 
 
 def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **options: Any) -> None:

@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 NVIDIA, OLD_NVIDIA, AMD = ("cuda", 90, 32), ("cuda", 80, 32), ("hip", "gfx942", 64)
 
 
-def interpreted(*options):
+def interpreted(*options, file="interpreted_triton.py"):
     # Triton chooses between interpreter and compiler when it is imported, once for a process.
-    tests = HERE / "interpreted_triton.py"
+    tests = HERE / file
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, tests],
         cwd=HERE.parents[1],
