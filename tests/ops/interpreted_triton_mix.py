@@ -13,7 +13,8 @@ from test_mix import composed, problem, results
 
 from starlm.nn.deformer import Deformer
 from starlm.ops import triton as helpers
-from starlm.ops import triton_mix as kernels
+from starlm.ops import triton_mix as host
+from starlm.ops import triton_mix_kernels as kernels
 from starlm.ops.mix import mix, mixes
 from starlm.ops.plain import plain
 
@@ -80,10 +81,10 @@ def test_a_shift_in_fp32_beside_values_in_bfloat16():
 def test_pieces_and_blocks_change_nothing(deterministic, monkeypatch):
     inputs, options = problem(2, 9, 2, 2, 2)
     compare(inputs, options)
-    monkeypatch.setattr(kernels, "PIECE", 9 * 3 * 2)
+    monkeypatch.setattr(host, "PIECE", 9 * 3 * 2)
     for name, size in {"TILE": 8, "BLOCK_TILE": 8, "BLOCKS": 2, "COLUMNS": 4, "TIME": 4, "SPAN": 2}.items():
-        monkeypatch.setattr(kernels, name, size)
-    pieces = list(kernels.pieces_of(inputs["values"], 2, 2, dict.fromkeys((0, 1, 2), kernels.PIECE)))
+        monkeypatch.setattr(host, name, size)
+    pieces = list(host.pieces_of(inputs["values"], 2, 2, dict.fromkeys((0, 1, 2), host.PIECE)))
     # Both heads of kind now or anchored of one batch row, or one box head, whose sums are twice as large.
     assert [(p.kind, p.rows.start, p.heads.start) for p in pieces] == [
         *[(kind, row, head) for kind, head in ((0, 0), (1, 2)) for row in (0, 1)],
