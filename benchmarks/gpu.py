@@ -64,7 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code of one command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("check", "bench"))
-    what = parser.parse_args(arguments).what
+    parser.add_argument(
+        "--no-fla", action="store_true", help="leave fla out: to tune its kernels takes many minutes"
+    )
+    options = parser.parse_args(arguments)
+    what, fla = options.what, find_spec("fla") is not None and not options.no_fla
     try:
         if not torch.cuda.is_available():
             raise InputError(
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if find_spec("triton") is None:
             raise InputError("The package triton is missing. Run: pip install 'starlm[gpu]'")
-        return check("cuda") if what == "check" else bench("cuda")
+        return check("cuda") if what == "check" else bench("cuda", fla)
     except StarLMError as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -96,14 +100,14 @@ def check(device: str, length: int = 8192, checks: dict[str, Callable[[str, int]
     return 1 if failed else 0
 
 
-def bench(device: str) -> int:
-    """Time all shapes and peers, print the table and write the results."""
+def bench(device: str, fla: bool) -> int:
+    """Time all shapes and peers, those of `fla` if it is to be, print the table and write the results."""
     machine = _machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()) + "\n")
     cells: list[Cell] = []
     skipped: list[dict[str, Any]] = []
     for shape in SHAPES:
-        found = list(_measure(shape, device, skipped))
+        found = list(_measure(shape, device, skipped, fla))
         cells += found
         print("\n".join(table(shape, found)), flush=True)
     for entry in skipped:
@@ -149,14 +153,17 @@ def _machine() -> dict[str, str]:
     )
 
 
-def _measure(shape: tuple[int, int, int, int], device: str, skipped: list[dict[str, Any]]) -> Iterator[Cell]:
+def _measure(
+    shape: tuple[int, int, int, int], device: str, skipped: list[dict[str, Any]], fla: bool
+) -> Iterator[Cell]:
     random = partial(torch.randn, shape, device=device, dtype=torch.bfloat16)
     source, target = random(), random()
     copy = _time(lambda: target.copy_(source), shape=shape, peer="copy of one tensor", kind=FORWARD)
     yield replace(copy, share_of_copy=1.0)
-    peers = _deformers(shape, device) | _peers(shape, device)
-    if find_spec("fla") is None:
-        skipped.append({"shape": shape, "peer": "flash-linear-attention", "why": "fla is not installed"})
+    peers = _deformers(shape, device) | _peers(shape, device, fla)
+    if not fla:
+        why = "fla is not installed, or was not wanted"
+        skipped.append({"shape": shape, "peer": "flash-linear-attention", "why": why})
     for peer, make in peers.items():
         try:
             torch.use_deterministic_algorithms(peer == DETERMINISTIC)
@@ -215,7 +222,7 @@ def _deformers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]
     return peers | {DETERMINISTIC: partial(make, SHIFTS[0])}
 
 
-def _peers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]:
+def _peers(shape: tuple[int, int, int, int], device: str, fla: bool) -> dict[str, Peer]:
     """What else mixes tokens, at the same shape."""
     batch, length, heads, channels = shape
 
@@ -252,7 +259,7 @@ def _peers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]:
         return lambda x: layer(x)[0], [random(batch, length, width)]
 
     peers: dict[str, Peer] = {"FlashAttention, causal (PyTorch)": attention}
-    if find_spec("fla") is not None:
+    if fla:
         peers |= {
             "Gated DeltaNet (fla)": delta,
             "GLA (fla)": gla,

@@ -16,8 +16,7 @@ from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
-from starlm.ops.elementwise import fuses
-from starlm.ops.mix import mix
+from starlm.ops.mix import mix, mixes
 from starlm.ops.plain import is_plain
 from starlm.ops.reference import rows_read
 
@@ -203,7 +202,7 @@ class Deformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), gated; `stream` names its rows in the state."""
         if state is None:
-            if fuses(values):
+            if mixes(values):
                 return self._mix(values, shift, gate, first, origins)
         elif (stepped := self._step(stream, values, shift, gate, first, origins, state)) is not None:
             return stepped
@@ -242,7 +241,7 @@ class Deformer(nn.Module):
         return distances
 
     def _mix(self, values, shift, gate, first, origins) -> Float[Tensor, "B T D"]:
-        """`_read` in one pass over memory."""
+        """`_read`, fused."""
         heads = (self.heads, -1)
         values, shift = values.unflatten(-1, heads), shift.unflatten(-1, heads)
         gate = None if gate is None else gate.unflatten(-1, heads)

@@ -1,4 +1,4 @@
-"""What a Deformer layer does between its projections, in one pass over memory: for training on a CPU.
+"""What a Deformer layer does between its projections, fused: for a CPU that trains, and for GPUs.
 
 Written as a composition (`Deformer` in `starlm.nn.deformer`), the step between the projections normalises,
 slices, reads, sums up, concatenates and multiplies, each of them one or more passes over tensors that do not
@@ -6,12 +6,33 @@ fit the cache, and as many again in the backward pass. The result here is the sa
 """
 
 import math
+from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.deform import HAS_TRITON
+from starlm.ops.plain import is_plain
+
+CPU_DTYPES = torch.float32, torch.bfloat16
+GPU_DTYPES = *CPU_DTYPES, torch.float16
+
+
+def mixes(values: Tensor) -> bool:
+    """Whether `mix` has kernels for these values, and they pay: on a CPU where a gradient is to come."""
+    if is_plain():
+        return False
+    if _on_gpu(values.device):
+        return HAS_TRITON and values.dtype in GPU_DTYPES
+    on_cpu = values.device.type == "cpu" and values.dtype in CPU_DTYPES
+    return on_cpu and torch.is_grad_enabled() and values.requires_grad
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def mix(
@@ -45,10 +66,10 @@ def mix(
     """
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (GPU_DTYPES if _on_gpu(values.device) else CPU_DTYPES):
         raise InputError(
-            f"mix computes in float32 or bfloat16; got values {values.dtype}, shift {shift.dtype}. "
-            "Compose it from deform and box."
+            f"mix computes in float32 or bfloat16, on a GPU in float16 too; got values {values.dtype}, shift "
+            f"{shift.dtype}, on {values.device}. Compose it from deform and box."
         )
     gate = None if gate is None else gate.to(dtype)
     if origin is None:
@@ -69,9 +90,7 @@ def _mix(
     boxes: int,
     furthest: float,
 ) -> Tensor:
-    from starlm.ops import cpu_mix  # numba takes half a second to import
-
-    return cpu_mix.forward(values, shift, gate, origin, first, near, boxes, furthest)
+    return _kernels(values.device).forward(values, shift, gate, origin, first, near, boxes, furthest)
 
 
 @torch.library.custom_op("starlm::mix_backward", mutates_args=())
@@ -86,9 +105,12 @@ def _mix_backward(
     boxes: int,
     furthest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from starlm.ops import cpu_mix
+    return _kernels(values.device).backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
 
-    return cpu_mix.backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
+
+def _kernels(device: torch.device) -> Any:
+    """The module of the fused kernels; numba and triton take half a second to import."""
+    return import_module("starlm.ops.triton_mix" if _on_gpu(device) else "starlm.ops.cpu_mix")
 
 
 @_mix.register_fake
@@ -99,9 +121,9 @@ def _(values, shift, gate, origin, first, near, boxes, furthest):
 @_mix_backward.register_fake
 def _(grad, values, shift, gate, origin, first, near, boxes, furthest):
     return (
-        torch.empty_like(values),
-        torch.empty_like(shift),
-        shift.new_empty(0) if gate is None else torch.empty_like(gate),
+        values.new_empty(values.shape),
+        shift.new_empty(shift.shape),
+        shift.new_empty(0) if gate is None else gate.new_empty(gate.shape),
     )
 
 

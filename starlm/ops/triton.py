@@ -104,11 +104,12 @@ def _forward(
     TIME: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    # Channels run fastest, then time: programs that run together read neighbouring rows.
-    program = tl.program_id(0)
+    # Channels run fastest, then time: programs that run together read neighbouring rows. So do lanes, which
+    # is why both stand in one dimension: of two Triton 3.6 would give neighbouring lanes neighbouring rows.
+    program, place = tl.program_id(0), tl.arange(0, TIME * LANES)
     blocks, spans = (width + LANES - 1) // LANES, (length + TIME - 1) // TIME
-    column = ((program % blocks) * LANES + tl.arange(0, LANES))[None, :]
-    time = ((program // blocks % spans) * TIME + tl.arange(0, TIME))[:, None]
+    column = (program % blocks) * LANES + place % LANES
+    time = (program // blocks % spans) * TIME + place // LANES
     batch = (program // blocks // spans).to(tl.int64)
     inside = column < width
     # What lies beyond the end repeats the last query and channel, so that no load needs a mask. It also hides

@@ -1,0 +1,136 @@
+"""The fused layer's Triton kernels: results by the interpreter, in another process, and code for GPUs."""
+
+import re
+
+import pytest
+from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted, narrow_products
+
+TESTS = "interpreted_triton_mix.py"
+
+
+def test_under_the_interpreter():
+    interpreted(file=TESTS)
+
+
+@pytest.mark.compile
+def test_under_the_interpreter_and_torch_compile():
+    interpreted("-m", "compile", file=TESTS)
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Compile a kernel for a GPU that need not be there; gives what the compiler's stages say."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from starlm.ops import triton_mix as host
+    from starlm.ops import triton_mix_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compile(kernel, target, dtype="bf16", full=True, channels=64, **constants):
+        box = constants.get("KIND") == host.BOX
+        columns = triton.next_power_of_2(channels)
+        constants |= {
+            "CHANNELS": channels,
+            "LANES": 128,
+            "TIME": host.TIME,
+            "ROWS": host.TILE // columns,
+            "COLUMNS": host.COLUMNS if kernel == "_scan" else columns,
+            "BLOCKS": host.BLOCKS,
+        }
+        # What is not there: origins but of anchored heads, scales of sums; gate and first, where not full.
+        absent = {"origin": constants.get("KIND") != host.ANCHORED, "scale": box}
+        absent |= dict.fromkeys(("gate", "dgate", "first"), not full)
+        absent |= {"totals": constants.get("SUMS") is False}
+        kernel = getattr(kernels, kernel)
+        constants |= {name: None for name, is_absent in absent.items() if is_absent}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        types = dict.fromkeys(("values", "shift", "gate", "grad", "out", "dvalues", "dshift", "dgate"), dtype)
+        types |= {"origin": "i64", "first": "i64", "totals": "fp64", "sums": "fp64", "scale": "fp32"}
+        summed = box or constants.get("SUMS") or constants.get("REVERSE")
+        types |= {"source": "fp64" if summed else dtype, "dread": "fp64" if summed else "fp32"}
+        signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
+        signature |= {"furthest": "fp32"} if "furthest" in signature else {}
+        signature |= dict.fromkeys(constants, "constexpr")
+        # As the launcher marks them for the usual sizes.
+        unmarked = ("length", "span", "blocks", "heads", "scale_batch", "scale_row", "furthest")
+        attributes = {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(kernel.arg_names)
+            if signature[name] != "constexpr" and name not in unmarked
+        }
+        source = ASTSource(kernel, signature, constants, attributes)
+        options = {"num_warps": 4, "enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget(*target), options=options).asm
+
+    return compile
+
+
+LANES = {
+    f"{name} of {kind}": (kernel, {"KIND": number} | options)
+    for number, kind in enumerate(("now", "anchored", "box"))
+    for name, kernel, options in (
+        ("forward", "_forward", {}),
+        ("backward", "_backward", {"ATOMIC": True}),
+        ("deterministic", "_backward", {"ATOMIC": False}),
+    )
+}
+TILES = {
+    "scales": ("_scales", {}),
+    "totals": ("_totals", {"REVERSE": False}),
+    "totals of gradients": ("_totals", {"REVERSE": True}),
+    "scan": ("_scan", {}),
+    "sums": ("_sums", {}),
+    "finish": ("_finish", {"SUMS": False, "CLEAR": True}),
+    "finish of sums": ("_finish", {"SUMS": True, "CLEAR": False}),
+}
+
+
+@pytest.mark.parametrize("kernel", LANES)
+def test_lanes_for_gpus(build, kernel):
+    name, constants = LANES[kernel]
+    stages = build(name, NVIDIA, **constants)
+    assert set(re.findall(r"tt\.get_program_id (\w)", stages["ttir"])) == {"x"}
+    # One channel a lane, in one layout: what a lane adds to memory, it alone and in order.
+    layouts = re.findall(r"sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]", stages["ttgir"])
+    assert layouts == [("1", "32")]
+    assert "convert_layout" not in stages["ttgir"]
+    assert ("tt.atomic_rmw" in stages["ttir"]) == ("backward" in kernel)
+    # No product of two sizes in 32 bits, but where the span of a program begins, which is below T.
+    assert narrow_products(stages["ttir"]) == (0 if name == "_forward" else 1)
+
+
+@pytest.mark.parametrize("channels", [64, 48])
+@pytest.mark.parametrize("kernel", TILES)
+def test_tiles_for_gpus(build, kernel, channels):
+    name, constants = TILES[kernel]
+    stages = build(name, NVIDIA, channels=channels, **constants)
+    assert set(re.findall(r"tt\.get_program_id (\w)", stages["ttir"])) == {"x"}
+    assert narrow_products(stages["ttir"]) == 0
+    # Neighbouring lanes have neighbouring channels.
+    orders = re.findall(
+        r"(#\w+) = #ttg.blocked<{sizePerThread = \[1, \d+\], .*order = \[1, 0\]}>", stages["ttgir"]
+    )
+    loads = re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>", stages["ttgir"])
+    assert loads
+    assert set(loads) <= set(orders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [*LANES, *TILES])
+@pytest.mark.parametrize(
+    ("target", "binary"), [(OLD_NVIDIA, "cubin"), (AMD, "hsaco")], ids=["sm_80", "gfx942"]
+)
+def test_older_and_other_gpus(build, target, binary, kernel):
+    name, constants = (LANES | TILES)[kernel]
+    assert build(name, target, **constants)[binary]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [*LANES, *TILES])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_every_dtype_is_compiled(build, dtype, kernel):
+    name, constants = (LANES | TILES)[kernel]
+    assert build(name, NVIDIA, dtype, False, **constants)["cubin"]
