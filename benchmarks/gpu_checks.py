@@ -257,7 +257,7 @@ def compare_layer(device: str, length: int, dtype: torch.dtype, channels: int, *
     distances["anchored"] = torch.full_like(distances["anchored"], 0.5)
     reach = torch.cat(list(distances.values()), dim=2).flatten(2)
     # At a row the derivative jumps, and rounding decides on which side we are.
-    smooth = (reach - reach.round()).abs() > 1e-6 * reach.clamp(min=1.0)
+    smooth = (reach - reach.round()).abs() > 4e-6 * reach.clamp(min=1.0)
     for name, a, b in zip(PARTS, got, wanted, strict=True):
         assert a.dtype == dtype, f"{name}: {a.dtype}, wanted {dtype}"
         keep = smooth if name == PARTS[2] else torch.ones_like(smooth)
@@ -286,7 +286,7 @@ def whole_layer(device: str, length: int) -> None:
     names = ("output", "gradient of x", *(name for name, _ in layer.named_parameters()))
     for name, a, b in zip(names, *found, strict=True):
         off = ((a - b).norm() / b.norm()).item()
-        assert off < 1e-3, f"{name}: off by {off:.3g} of its size"
+        assert off < 1e-2, f"{name}: off by {off:.3g} of its size"
 
 
 def repeatable_layer(device: str, length: int) -> None:
