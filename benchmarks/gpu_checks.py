@@ -6,6 +6,7 @@ which is how they are tested.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from starlm.nn.deformer import Deformer
-from starlm.ops import anchors, deform
+from starlm.ops import anchors, deform, triton_elementwise
 from starlm.ops import mix as mix_module
 from starlm.ops.box import box, prefix_sums
+from starlm.ops.cross_entropy import _softmax_loss, cross_entropy
+from starlm.ops.elementwise import relu2
 from starlm.ops.plain import plain
 from starlm.ops.reference import deform_reference
 
@@ -245,11 +248,14 @@ def layer_results(layer: Deformer, tensors: Any, grad: Tensor, first: Tensor | N
     return out.detach(), *torch.autograd.grad(out, (values, shift, gate), grad)
 
 
-def compare_layer(device: str, length: int, dtype: torch.dtype, channels: int, **options: Any) -> Any:
-    """The fused layer's results, after comparison with its definition in fp64."""
+def compare_layer(
+    device: str, length: int, dtype: torch.dtype, channels: int, *, alone: bool = False, **options: Any
+) -> Any:
+    """The fused layer's results, `alone` by deterministic algorithms, compared with its definition in fp64."""
     layer, tensors, first, origins = layer_problem(device, length, dtype, channels, **options)
     grad = torch.randn(2, length, layer.dim, device=device).to(dtype)
-    with gpu_kernels(device):
+    # The definition has no deterministic algorithms on a GPU.
+    with gpu_kernels(device), deterministic() if alone else nullcontext():
         got = layer_results(layer, tensors, grad, first, origins)
     with plain():
         wanted = layer_results(layer, [x.double() for x in tensors], grad.double(), first, origins)
@@ -290,10 +296,10 @@ def whole_layer(device: str, length: int) -> None:
 
 
 def repeatable_layer(device: str, length: int) -> None:
-    with deterministic():
-        *problem, wanted = compare_layer(device, length, torch.float32, 3 if device == "cpu" else 64)
-        with gpu_kernels(device):
-            again = layer_results(*problem)
+    channels = 3 if device == "cpu" else 64
+    *problem, wanted = compare_layer(device, length, torch.float32, channels, alone=True)
+    with gpu_kernels(device), deterministic():
+        again = layer_results(*problem)
     for name, a, b in zip(PARTS, wanted, again, strict=True):
         assert torch.equal(a, b), f"{name}: two runs differ"
 
@@ -302,8 +308,8 @@ def recorded_layer(device: str, length: int) -> None:
     """In a CUDA graph, and by torch.compile: neither waits for the GPU, nor breaks the graph."""
     if device == "cpu":
         raise NotRun("there are no CUDA graphs")
+    *problem, wanted = compare_layer(device, length, torch.bfloat16, 64, alone=True)
     with deterministic():
-        *problem, wanted = compare_layer(device, length, torch.bfloat16, 64)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -358,6 +364,63 @@ def sums(device: str, length: int) -> None:
     assert_close("gradient of values", got.cpu(), wanted, torch.float32, SHIFTS)
 
 
+def relu_squared(device: str, length: int) -> None:
+    for dtype in DTYPES[:3]:
+        x, grad = (torch.randn(3, length, 129, device=device).to(dtype) for _ in range(2))
+        x[0, 0, :3] = torch.tensor([torch.nan, 0.0, torch.inf])
+        # The gradient as a view, as those of transposes and sums are.
+        for g in (grad, grad.new_ones(()).expand(x.shape)):
+            wanted = x.double().relu().square().to(dtype), (2 * x.double().relu() * g.double()).to(dtype)
+            got = triton_elementwise.relu2(x), triton_elementwise.relu2_backward(g, x)
+            for name, a, b in zip(("relu²", "gradient of relu²"), got, wanted, strict=True):
+                assert a.dtype == dtype, f"{name}: {a.dtype}, wanted {dtype}"
+                assert_close(name, a, b, dtype)
+        if device != "cpu":
+            leaf = x.nan_to_num(1.0).requires_grad_()
+            (got,) = torch.autograd.grad(relu2(leaf), leaf, grad)
+            with plain():
+                (want,) = torch.autograd.grad(relu2(leaf), leaf, grad)
+            assert_close("gradient of relu² by autograd", got, want, dtype)
+
+
+def loss_of_logits(device: str, length: int) -> None:
+    """The kernel against its definition in fp64; some rows are ignored, some have infinite or NaN logits."""
+    widths = (5, 4099) if device == "cpu" else (5, 4099, 50304)
+    for dtype, width, softcap in product(DTYPES[:3], widths, (0.0, 15.0)):
+        logits = (8 * torch.randn(min(length, 300), width, device=device)).to(dtype)
+        targets = torch.randint(-1, width, (len(logits),), device=device)
+        targets[0], targets[1] = -7, width - 1
+        logits[2, width // 2], logits[3, :2] = torch.nan, -torch.inf
+        targets[2:4] = width - 1
+        losses, grad = _softmax_loss(logits.double(), targets, softcap)
+        got = triton_elementwise.softmax_loss(logits.clone(), targets, softcap, False)
+        where = f"V = {width}, softcap {softcap:g}"
+        assert_close(f"losses, {where}", got, losses, torch.float32, ORDER[torch.float32])
+        again = triton_elementwise.softmax_loss(logits, targets, softcap, True)
+        assert torch.equal(again.nan_to_num(7.0), got.nan_to_num(7.0)), f"losses, {where}: others with grad"
+        assert_close(f"gradient, {where}", logits, grad, dtype, ORDER[torch.float32])
+
+
+def loss_of_a_head(device: str, length: int) -> None:
+    """Through autograd and chunks, against products by hand."""
+    if device == "cpu":
+        raise NotRun("a CPU has kernels of its own")
+    for dtype, softcap in product(DTYPES[:3], (0.0, 15.0)):
+        hidden = torch.randn(length, 64, device=device).to(dtype).requires_grad_()
+        weight = (torch.randn(50304, 64, device=device) / 4).to(dtype).requires_grad_()
+        targets = torch.randint(-1, 50304, (length,), device=device)
+        loss = cross_entropy(hidden, weight, targets, softcap=softcap)
+        got = loss, *torch.autograd.grad(loss, (hidden, weight))
+        with torch.no_grad():
+            losses, grad = _softmax_loss((hidden @ weight.T).float(), targets, softcap)
+            count = (targets >= 0).sum()
+            wanted = losses.sum() / count, grad @ weight.float() / count, grad.T @ hidden.float() / count
+        for name, a, b in zip(("loss", "gradient of hidden", "gradient of weight"), got, wanted, strict=True):
+            off = ((a.float() - b).norm() / b.norm()).item()
+            allowed = max(2 * EPS[dtype], 1e-5)
+            assert off <= allowed, f"{name}, softcap {softcap:g}: off by {off:.3g} in {dtype}"
+
+
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "definition, T from 1 to 129, every dtype": definition,
     "definition, long, every dtype": long,
@@ -374,4 +437,7 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "fused layer, deterministic": repeatable_layer,
     "fused layer, CUDA graph and torch.compile": recorded_layer,
     "prefix sums of a million rows, both ways": sums,
+    "relu²": relu_squared,
+    "loss of logits, V up to 50304": loss_of_logits,
+    "loss of a head, with its gradients": loss_of_a_head,
 }

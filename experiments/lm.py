@@ -7,6 +7,10 @@ Runs that have a result are skipped, a run that was cut off goes on from its las
 
 import argparse
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +21,20 @@ from experiments.measure import by_position_and_recall
 from experiments.variants import NAMES, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
+from starlm.device import pick_device
 from starlm.errors import StarLMError
 from starlm.files import write_whole
 from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
 from starlm.report.metrics import read_run
 from starlm.train.config import OptimConfig, TrainConfig
 from starlm.train.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "lm"
 WORK = Path("runs/experiments")
+BATCH = 4096
+BUILDING = threading.Lock()
 # Whole files, so that the tokens that are measured come from all of the corpus: how much of it is held out.
 HELD_OUT = {"packages": 0.01}
 
@@ -35,7 +43,9 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     """Train and measure one variant; the path of its result."""
     shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
     size = f"w{args.width}-l{args.depth}-t{args.length}-s{args.steps}"
-    key = f"{args.corpus}-{name}-{size}-lr{rate}{shifts}-seed{seed}"
+    batch = "" if args.batch == BATCH else f"-b{args.batch}"
+    precision = "" if args.precision == "float32" else f"-{args.precision}"
+    key = f"{args.corpus}-{name}-{size}{batch}-lr{rate}{shifts}{precision}-seed{seed}"
     result = RESULTS / f"{key}.json"
     if result.is_file():
         return result
@@ -57,10 +67,11 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         steps=args.steps,
         eval_every=args.eval_every,
         eval_tokens=args.eval_tokens,
-        save_every=50,
+        save_every=args.save_every,
         keep=1,
         sample_prompts=(),
-        precision="float32",
+        precision=args.precision,
+        device=args.device,
         seed=seed,
     )
 
@@ -68,9 +79,16 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         if record["kind"] == "validation":
             print(f"{key}: step {record['step']} loss {record['loss']:.4f}", flush=True)
 
-    build = builder(name)
+    make = builder(name)
+
+    def build(config: StarLMConfig) -> StarLM:
+        # The generator is the process's, which runs may share.
+        with BUILDING:
+            torch.manual_seed(seed)
+            return make(config)
+
     end = train(config, on_record=note, build=build)
-    model = build(config.model).eval()
+    model = build(config.model).to(pick_device(args.device)).eval()
     load_weights(model, Path(end["checkpoint"]))
     split = by_position_and_recall(model, TokenData.open(data).splits["validation"], args.eval_tokens)
     # From the run's own record, which knows of the sessions before this one.
@@ -88,6 +106,9 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         "matrix_lr": rate,
         "shift_lr": config.optim.shift_lr,
         "seed": seed,
+        "batch_tokens": args.batch,
+        "precision": args.precision,
+        "device": torch.cuda.get_device_name() if pick_device(args.device).type == "cuda" else "cpu",
         "parameters": {
             "blocks": sum(p.numel() for p in model.blocks.parameters()),
             "total": sum(p.numel() for p in model.parameters()),
@@ -126,7 +147,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--batch", type=int, default=BATCH, help="tokens per step")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02], help="Muon's learning rates")
@@ -138,15 +159,31 @@ def main() -> None:
     )
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-tokens", type=int, default=65536, help="of the validation split")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on its own CUDA stream")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--corpus", default="embedded", help="embedded, packages, or a name of your own")
     parser.add_argument("--corpus-path", help="text file or folder of your own corpus")
     args = parser.parse_args()
+
+    def one(job: tuple[int, float, str]) -> None:
+        seed, rate, name = job
+        on_gpu = pick_device(args.device).type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+            run(name, args, seed, rate)
+
     try:
-        for seed in args.seeds:
-            for rate in args.rates:
-                for name in args.variants:
-                    run(name, args, seed, rate)
+        jobs = [*product(args.seeds, args.rates, args.variants)]
+        if args.parallel == 1:
+            # On the main thread, which alone hears that it should stop.
+            for job in jobs:
+                one(job)
+        else:
+            with ThreadPoolExecutor(args.parallel) as pool:
+                for done in [pool.submit(one, job) for job in jobs]:
+                    done.result()
     except StarLMError as error:
         raise SystemExit(str(error)) from None
 

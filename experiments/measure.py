@@ -23,10 +23,12 @@ def by_position_and_recall(model: StarLM, split: Split, max_tokens: int) -> dict
     """
     length = model.config.context
     bounds = [0, *(p for p in POSITIONS if p < length), length]
-    sums = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
-    kinds = torch.zeros(2, 2, dtype=torch.float64)
+    device = model.head.weight.device
+    sums = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64, device=device)
+    kinds = torch.zeros(2, 2, dtype=torch.float64, device=device)
     for batch in sequential_rows(split, length, max_tokens=max_tokens, rows=8):
-        inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
+        arrays = (batch.inputs, batch.targets, batch.first)
+        inputs, targets, first = (torch.from_numpy(array).to(device) for array in arrays)
         loss = model.loss(inputs, targets, first=first, reduction="none").double()
         real = targets >= 0
         for number, (begin, end) in enumerate(pairwise(bounds)):

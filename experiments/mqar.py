@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.variants import NAMES, builder, settings
+from starlm.data.loader import Batch
+from starlm.device import pick_device
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
+from starlm.train.step import Step
 
 RESULTS = Path(__file__).parent / "results" / "mqar"
 VOCAB, TRAIN_ROWS, TEST_ROWS, POWER = 8192, 100_000, 3_000, 0.99
@@ -53,18 +56,42 @@ def examples(count: int, length: int, pairs: int, seed: int) -> tuple[np.ndarray
     return inputs, labels
 
 
-def answers(model: StarLM, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+class Cosine:
+    """The recipe's optimizer: AdamW, its rate falling to 0."""
+
+    def __init__(self, model: StarLM, rate: float, horizon: int) -> None:
+        device = model.head.weight.device
+        self.rate, self.horizon, self.lr = rate, horizon, torch.tensor(rate, device=device)
+        # A rate in a tensor, since a step is recorded on a GPU.
+        kind = {"capturable": True} if device.type == "cuda" else {"foreach": False}
+        self.adam = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.1, **kind)
+
+    def schedule(self, step: int) -> None:
+        """Set the rate."""
+        self.lr.fill_(self.rate * 0.5 * (1 + math.cos(math.pi * step / self.horizon)))
+
+    def update(self) -> None:
+        """Update all weights, and clear their gradients."""
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+def answers(model: StarLM, inputs: Tensor, labels: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """Logits at the labelled positions only, and the labels there: the head would be most of the work."""
-    asked = labels >= 0
-    return model.logits(model.hidden(inputs)[asked][None])[0], labels[asked]
+    at = (labels >= 0).byte().topk(pairs, dim=1).indices
+    hidden = model.hidden(inputs)
+    asked = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+    return model.logits(asked).flatten(0, 1), labels.gather(1, at).flatten()
 
 
 @torch.inference_mode()
-def accuracy(model: StarLM, inputs: Tensor, labels: Tensor) -> float:
+def accuracy(model: StarLM, inputs: Tensor, labels: Tensor, pairs: int) -> float:
     """Share of queries answered with the right value."""
     right = total = 0
+    device = model.head.weight.device
     for begin in range(0, len(inputs), 250):
-        logits, wanted = answers(model, inputs[begin : begin + 250], labels[begin : begin + 250])
+        part = (x[begin : begin + 250].to(device) for x in (inputs, labels))
+        logits, wanted = answers(model, *part, pairs)
         right += int((logits.argmax(-1) == wanted).sum())
         total += len(wanted)
     return right / total
@@ -85,27 +112,29 @@ def run(args: argparse.Namespace, rate: float) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    model.to(pick_device(args.device))
     batch = args.batch or BATCH.get(length, 512)
-    per_epoch = -(-TRAIN_ROWS // batch)
+    per_epoch = TRAIN_ROWS // batch
     horizon = args.epochs * per_epoch
+    optimizer = Cosine(model, rate, horizon)
+
+    def loss(inputs: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(*answers(model, inputs, labels, pairs))
+
+    train = Step(model, optimizer, loss)
     order, step, curve, began = np.random.default_rng(args.seed), 0, [], time.perf_counter()
     while step < horizon and (not curve or curve[-1][1] < 0.99):
         rows = torch.from_numpy(order.permutation(TRAIN_ROWS))
-        for piece in rows.split(batch):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / horizon))
-            loss = nn.functional.cross_entropy(*answers(model, inputs[piece], labels[piece]))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        # A recorded step takes one size: the last examples of an epoch wait for the next.
+        for piece in rows[: per_epoch * batch].split(batch):
+            optimizer.schedule(step)
+            wanted = labels[piece].numpy()
+            now, _ = train(Batch(inputs=inputs[piece].numpy(), targets=wanted, first=wanted))
             step += 1
             # Once an epoch, and more often in the first one: what is learned at once should show.
             if step % per_epoch == 0 or (step < per_epoch and step % 50 == 0):
-                curve.append((step, round(accuracy(model, *test), 4)))
-                print(
-                    f"{path.stem}: step {step} loss {loss.item():.3f} accuracy {curve[-1][1]:.4f}", flush=True
-                )
+                curve.append((step, round(accuracy(model, *test, pairs), 4)))
+                print(f"{path.stem}: step {step} loss {now:.3f} accuracy {curve[-1][1]:.4f}", flush=True)
                 if curve[-1][1] >= 0.99:
                     break
     result = {
@@ -140,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="examples per update; 0 as published")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for rate in args.rates:

@@ -19,14 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from experiments.variants import NAMES, builder, settings
+from starlm.data.loader import Batch
+from starlm.device import pick_device
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
+from starlm.train.step import Step
 
 RESULTS = Path(__file__).parent / "results" / "synthetic"
 VOCAB, TRAINED, CHUNK = 512, 256, 4096
@@ -84,8 +86,9 @@ TASKS = {
 def accuracy(model: StarLM, tokens: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of labelled positions whose likeliest token is the label."""
     state, right, total = model.new_state(len(tokens), rollback=0), 0, 0
+    device = model.head.weight.device
     for piece, wanted in zip(tokens.split(CHUNK, 1), labels.split(CHUNK, 1), strict=True):
-        got = model(piece, state=state).argmax(-1)
+        got = model(piece.to(device), state=state).argmax(-1).cpu()
         asked = wanted >= 0
         right += int((got == wanted)[asked].sum())
         total += int(asked.sum())
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
     args = parser.parse_args()
     heads = f"-h{args.heads}" if args.heads else ""
     shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
@@ -119,14 +123,14 @@ def main() -> None:
     rng, task = np.random.default_rng(args.seed), TASKS[args.task]
     options = {**settings(args.variant), "depth": 2, "dim": args.width, "heads": args.heads}
     model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
+    model.to(pick_device(args.device))
     optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate, shift_lr=args.shift_rate))
+    train = Step(model, optimizers, lambda tokens, labels, first: model.loss(tokens, labels))
     seen, steps, began = 0.0, 0, time.perf_counter()
     for step in range(args.steps):
-        tokens, labels = task(rng, 32, TRAINED)
-        asked = labels >= 0
-        logits = model.logits(model.hidden(tokens)[asked][None])[0]
-        nn.functional.cross_entropy(logits, labels[asked]).backward()
-        optimizers.step(step, args.steps)
+        tokens, labels = (x.numpy() for x in task(rng, 32, TRAINED))
+        optimizers.schedule(step, args.steps)
+        train(Batch(inputs=tokens, targets=labels, first=labels))
         steps = step + 1
         if steps % 50 == 0:
             seen = accuracy(model, *task(np.random.default_rng(1), 200, TRAINED))

@@ -1,5 +1,7 @@
 """What the machine can do."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 
 from starlm.errors import InputError
@@ -25,6 +27,19 @@ def pick_device(name: str) -> torch.device:
             f" Use cpu, or install a PyTorch build for your GPU."
         )
     return device
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What figures of a GPU must be read with: its name and the software that runs it; of a CPU nothing."""
+    if device.type != "cuda":
+        return {}
+    found = {"GPU": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}
+    for package in ("triton", "flash-linear-attention"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -20,6 +20,8 @@ class GridOptions(ABC):
     """Leave attention out where a call would take longer than this; the table says so."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU if PyTorch can use one."""
     plot: Path | None = None
     """Also draw the timings into this file (.svg, .png or .pdf)."""
 
@@ -52,14 +54,12 @@ class LayerOptions(GridOptions):
     """Tokens per row; each must divide batch_tokens."""
     dim: int = 768
     """Width D."""
-    peers: tuple[Literal["gated", "star", "attention", "conv", "mamba2"], ...] = (
-        "gated",
-        "star",
-        "attention",
-        "conv",
-        "mamba2",
-    )
-    """Layers to time beside the bare matrix products; on a CPU mamba2 takes most of the time."""
+    peers: tuple[
+        Literal["gated", "star", "attention", "conv", "mamba2", "deltanet", "gla", "shortconv"], ...
+    ] = ()
+    """Layers to time beside the bare matrix products. Default: on a CPU all but the last three, which are
+    those of flash-linear-attention and run on GPUs; on a GPU all but mamba2, whose plain PyTorch is no match
+    there. On a CPU mamba2 takes most of the time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +94,8 @@ class TrainBenchOptions(GridOptions):
     """Layers."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
+    compile: bool = False
+    """Compile loss and gradients of every model with torch.compile."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +117,7 @@ class TrainBenchOptions(GridOptions):
         """The sizes that all rows share."""
         return (
             f"{self.batch_tokens:,} tokens a step, {self.depth} layers, D = {self.dim}, V = "
-            f"{self.vocab_size}, {self.dtype}"
+            f"{self.vocab_size}, {self.dtype}{', compiled' if self.compile else ''}"
         )
 
 
@@ -129,6 +131,8 @@ class DecodeOptions(GridOptions):
     """Tokens that have been read before."""
     tokens: int = 16
     """Tokens decoded in a round."""
+    batch: int = 1
+    """Streams that are decoded together."""
     dim: int = 256
     """Width D."""
     depth: int = 6
@@ -151,6 +155,7 @@ class DecodeOptions(GridOptions):
         self._require(self.dim >= 16 and self.dim % 16 == 0, "a multiple of 16", "dim")
         self._require(self.depth >= 1, "at least 1", "depth")
         self._require(self.tokens >= 1, "at least 1", "tokens")
+        self._require(self.batch >= 1, "at least 1", "batch")
         self._require(self.max_shift >= 0, "0 or more", "max_shift")
         self._require(bool(self.peers), "at least one name", "peers")
 
@@ -161,7 +166,8 @@ class DecodeOptions(GridOptions):
 
     def describe(self) -> str:
         """The sizes that all rows share."""
-        return f"{self.depth} layers, D = {self.dim}, V = {self.vocab_size}, {self.dtype}, one stream"
+        streams = "one stream" if self.batch == 1 else f"{self.batch} streams"
+        return f"{self.depth} layers, D = {self.dim}, V = {self.vocab_size}, {self.dtype}, {streams}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A table of peers over sizes: each size measured round by round, printed as it comes, kept for JSON."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from starlm.bench.config import GridOptions
-from starlm.bench.timing import Timing, interleave, peak_memory
+from starlm.bench.timing import BURST_SECONDS, WARM_CALLS, Timing, burst, interleave, peak_memory, timed
+from starlm.device import describe, pick_device
 
 Make = Callable[[int], Callable[[], Any]]
 
@@ -23,6 +25,10 @@ class Peer:
     """From a size to a call; the call is made untimed first."""
     cost: Callable[[int], float] | None = None
     """What a call costs at a size, up to a factor, if so much that it may have to be left out."""
+    foreign: bool = False
+    """Of another package: whatever it raises leaves a cell out; else only what does not fit into memory."""
+    left_out: str = ""
+    """Why it has no column here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +57,32 @@ def run(
         verb: as in `starlm bench layer`.
         peers: in the order of the columns.
         machine: hardware and versions.
+
+    Raises:
+        InputError: a device that this machine does not have.
     """
-    began, before = time.perf_counter(), load()
+    device = pick_device(options.device)
+    began, before, machine = time.perf_counter(), load(), machine | describe(device)
+    left_out = {name: peer.left_out for name, peer in peers.items() if peer.left_out}
+    peers = {name: peer for name, peer in peers.items() if not peer.left_out}
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(
         f"{options.describe()}, {torch.get_num_threads()} threads, {options.repeats} rounds, load {before}\n"
-        f"{grid.unit}: median (interquartile range over median); x: seconds over those of {grid.baseline}\n"
+        f"{grid.unit}: median (interquartile range over median); x: seconds over those of {grid.baseline}"
     )
+    if device.type != "cpu":
+        print(
+            f"Each time is that of {BURST_SECONDS * 1e3:g} ms of calls in a row, or of one longer call, the "
+            "GPU idle before and after, over the calls: where the host is slower, the host is what is timed."
+        )
+    print()
     print(_row(grid.axis, *peers), flush=True)
     timings: dict[tuple[str, int], Timing] = {}
     skipped: dict[tuple[str, int], str] = {}
     peaks: dict[tuple[str, int], int | None] = {}
     sizes = sorted(options.sizes)
     known: dict[tuple[str, int], float] = {}
+    times: dict[tuple[str, int], int] = {}
     for group in [sizes] if grid.together else [[size] for size in sizes]:
         calls = {}
         for size, (name, peer) in product(group, peers.items()):
@@ -73,22 +92,29 @@ def run(
                     f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
                 )
                 continue
-            calls[name, size] = peer.make(size)
+            call = calls[name, size] = _Call(peer, size)
+            if device.type != "cpu":
+                for _ in range(WARM_CALLS):
+                    call()
+            elif grid.memory and size == sizes[0]:
+                # Compiling takes memory, too.
+                call()
             if grid.memory:
-                if size == sizes[0]:
-                    # Compiling takes memory, too.
-                    calls[name, size]()
-                peaks[name, size] = peak_memory(calls[name, size])
-            else:
-                start = time.perf_counter()
-                calls[name, size]()
-                known[name, size] = time.perf_counter() - start
-        found = interleave(calls, options.repeats)
+                peaks[name, size] = peak_memory(call, device=device)
+            if device.type != "cpu" or not grid.memory:
+                known[name, size] = timed(call, device=device)
+            times[name, size] = burst(known.get((name, size), 0.0), device)
+        found = interleave(calls, options.repeats, device=device, times=times)
+        for key in [key for key, call in calls.items() if call.failure]:
+            skipped[key] = calls[key].failure
+            for figures in (found, peaks, known):
+                figures.pop(key, None)
         timings |= found
         known |= {key: timing.median for key, timing in found.items()}
         for size in group:
             print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
+    print("".join(f"{name}: left out, {why}\n" for name, why in left_out.items()), end="")
     if any(peaks.values()):
         title = "MiB that a call takes at its highest moment, above those before"
         print(f"\n{title}\n\n{_row(grid.axis, *peers)}")
@@ -112,6 +138,7 @@ def run(
     return {
         "command": command(verb, options),
         "machine": machine,
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "load": {"before": before, "after": load()},
         "options": {name: value for name, value in vars(options).items() if name != "plot"},
@@ -127,12 +154,38 @@ def run(
                 "spread": timing.spread,
                 "peak_bytes": peaks.get((name, size)),
                 "seconds": timing.seconds,
+                "calls": times[name, size],
             }
             for (name, size), timing in timings.items()
         ],
         "skipped": [{"peer": name, "size": size, "why": why} for (name, size), why in skipped.items()],
+        "left_out": left_out,
         "took_seconds": time.perf_counter() - began,
     }
+
+
+class _Call:
+    """A peer's call at one size. Once it has failed it does nothing, and `failure` says why."""
+
+    def __init__(self, peer: Peer, size: int) -> None:
+        self.failure = ""
+        self._errors = Exception if peer.foreign else torch.OutOfMemoryError
+        self._call: Callable[[], Any] = lambda: None
+        self._guard(lambda: setattr(self, "_call", peer.make(size)))
+
+    def __call__(self) -> None:
+        self._guard(self._call)
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except self._errors as error:
+            self.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+        if self.failure:
+            # Behind the handler: the error's frames hold tensors.
+            self._call = lambda: None
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _predict(

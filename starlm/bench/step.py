@@ -1,20 +1,26 @@
-"""Training steps of whole models, side by side: loss, gradients, optimizers; tokens per second.
+"""Training steps of whole models, side by side, as `starlm train` takes them; tokens per second.
 
 starlm bench train
+starlm bench train --dtype bfloat16 --compile
 starlm bench train --lengths 1024 8192 32768 --repeats 1 --limit-seconds 600
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from starlm.bench.config import TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
+from starlm.data.loader import Batch
+from starlm.device import pick_device
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
+from starlm.train.step import Step
 
 TRANSFORMER = "transformer"
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,7 +50,11 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
         )
         for name, settings in MODELS.items()
     }
-    return run("train", grid, peers, options, machine)
+    if not options.compile:
+        return run("train", grid, peers, options, machine)
+    # One method, compiled for every model at every length.
+    with torch._dynamo.config.patch(recompile_limit=len(peers) * len(options.lengths)):
+        return run("train", grid, peers, options, machine)
 
 
 def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> Callable[[], Any]:
@@ -52,15 +62,21 @@ def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> 
     config = StarLMConfig(
         vocab_size=options.vocab_size, depth=options.depth, dim=options.dim, context=length, **settings
     )
-    model = StarLM(config)
-    optimizers = Optimizers(model, OptimConfig())
-    tokens = torch.randint(options.vocab_size, (options.rows(length), length + 1))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    model = StarLM(config).to(pick_device(options.device))
+    # Without documents: only so does PyTorch take its fast kernels for attention.
+    loss = torch.compile(_plain(model)) if options.compile else _plain(model)
+    step = Step(
+        model,
+        Optimizers(model, OptimConfig()),
+        loss,
+        precision=options.dtype,
+        clip=OptimConfig().clip,
+    )
+    shape = options.rows(length), length + 1
+    tokens = np.random.default_rng(0).integers(options.vocab_size, size=shape)
+    batch = Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:], first=np.zeros_like(tokens[:, 1:]))
+    return lambda: step(batch)
 
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            loss = model.loss(inputs, targets)
-        loss.backward()
-        optimizers.step(0, 1)
 
-    return step
+def _plain(model: StarLM) -> Callable[..., Tensor]:
+    return lambda inputs, targets, first: model.loss(inputs, targets)

@@ -89,7 +89,7 @@ class StarLM(nn.Module):
             x = block(x, first=reach, origins=origins, state=layer)
         if state is not None:
             state.advance(tokens.shape[1], first)
-        return rms(x)
+        return rms(x, cast=True)
 
     def _origins(
         self, tokens: Tensor, first: Tensor | None, state: DecodeState | None

@@ -30,5 +30,5 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
         step = state is not None and x.shape[1] == 1
-        x = x + self.mixer(rms(x, step=step), first=first, origins=origins, state=state)
-        return x if self.mlp is None else x + self.mlp(rms(x, step=step))
+        x = x + self.mixer(rms(x, step=step, cast=True), first=first, origins=origins, state=state)
+        return x if self.mlp is None else x + self.mlp(rms(x, step=step, cast=True))

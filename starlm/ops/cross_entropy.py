@@ -8,6 +8,9 @@ the largest tensors of a training step by far. Here tokens go by in chunks: the 
 its gradient at once, while they are in the cache, and from it the chunk's part of the gradients of hidden
 states and weights follows. Of these two the backward pass is a product with one number, so there is no second
 derivative: to ask for one is an error.
+
+Logits are rounded to the dtype of the hidden states, as any product is, and so is their gradient; what lies
+between the two is fp32 at the least.
 """
 
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.ops.deform import HAS_TRITON
 from starlm.ops.plain import is_plain
 
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.
@@ -82,15 +86,8 @@ def _loss(
     dhidden = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
     # The sum over chunks in fp32 at the least, whatever the weights are.
     dweight = torch.zeros_like(weight, dtype=exact) if wants_grad else losses.new_empty(0)
-    fused = exact == torch.float32 and hidden.device.type == "cpu"
     for chunk in _chunks(hidden, weight):
-        logits = _exact(hidden[chunk] @ weight.T)
-        if fused:
-            from starlm.ops.cpu_softmax import softmax_loss  # numba takes half a second to import
-
-            losses[chunk] = softmax_loss(logits, targets[chunk], softcap, wants_grad)
-        else:
-            losses[chunk], logits = _softmax_loss(logits, targets[chunk], softcap)
+        losses[chunk], logits = _losses(hidden[chunk] @ weight.T, targets[chunk], softcap, wants_grad)
         if wants_grad:
             dlogits = logits.to(hidden.dtype)
             torch.mm(dlogits, weight, out=dhidden[chunk])
@@ -143,6 +140,21 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     parts = max(1, -(-len(hidden) // max(MIN_TOKENS, room // max(len(weight), 1))))
     ends = [len(hidden) * part // parts for part in range(parts + 1)]
     return (slice(begin, end) for begin, end in pairwise(ends))
+
+
+def _losses(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bool) -> tuple[Tensor, Tensor]:
+    """Losses [N] of logits [N, V], which may be written over, and, if wanted, the gradient of their sum."""
+    device, exact = logits.device.type, torch.promote_types(logits.dtype, torch.float32)
+    if exact == torch.float32 and device == "cpu":
+        from starlm.ops.cpu_softmax import softmax_loss  # numba takes half a second to import
+
+        logits = _exact(logits)
+        return softmax_loss(logits, targets, softcap, wants_grad), logits
+    if exact == torch.float32 and device == "cuda" and HAS_TRITON:
+        from starlm.ops.triton_elementwise import softmax_loss
+
+        return softmax_loss(logits, targets, softcap, wants_grad), logits
+    return _softmax_loss(_exact(logits), targets, softcap)
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:

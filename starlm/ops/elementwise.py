@@ -1,89 +1,101 @@
-"""RMSNorm and relu² in one pass over memory each way, for training on a CPU.
+"""RMSNorm and relu² in one pass over memory each way, for training.
 
-PyTorch composes both of several passes there, each of which writes a tensor that leaves the cache. Under
-torch.compile and elsewhere the compositions are what they should be.
+PyTorch composes both of several passes, each of which writes a tensor that leaves the cache; on a GPU under
+autocast each product behind RMSNorm rounds its result anew. Under torch.compile the compositions are what
+they should be.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from starlm.ops.deform import HAS_TRITON
 from starlm.ops.plain import is_plain
 
 EPS = 1e-6
+KERNELS = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16) if HAS_TRITON else (),
+}
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether fused kernels exist and pay: on a CPU, in fp32 or bf16, with a gradient to come."""
-    return (
-        not is_plain()
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.is_grad_enabled()
-        and x.requires_grad
-    )
+    """Whether fused kernels exist and pay: in fp32 or bf16 (on a GPU fp16, too), with a gradient to come."""
+    return _has_kernels(x) and torch.is_grad_enabled() and x.requires_grad
 
 
-def rms(x: Float[Tensor, "... D"], *, step: bool = False) -> Float[Tensor, "... D"]:
+def _has_kernels(x: Tensor) -> bool:
+    return not is_plain() and x.dtype in KERNELS.get(x.device.type, ())
+
+
+def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
     """`x` scaled to root mean square 1 over its last dimension, in its own dtype (arXiv 1910.07467).
 
     Args:
         step: x are single tokens of a decode state, which no tracer follows: the kernel itself may be called.
+        cast: only products read the result: on a GPU under autocast it comes in the dtype they take.
     """
+    on_gpu, dtype = x.device.type == "cuda", x.dtype
+    if cast and on_gpu and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")
     if not torch.compiler.is_compiling():
-        if fuses(x):
-            return _rms(x)
+        if fuses(x) or (on_gpu and _has_kernels(x)):
+            return _rms(x, dtype)
         if step and x.dtype == torch.float32 and x.device.type == "cpu" and not is_plain():
             # Behind large products, which empty the caches, PyTorch's several small calls take longer.
             from starlm.ops import cpu_elementwise
 
             return cpu_elementwise.rms(x, EPS)
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS).to(dtype)
 
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """relu(x)², in its own dtype (arXiv 2109.08668)."""
-    if fuses(x) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and fuses(x):
         return _relu2(x)
     return torch.relu(x).square()
 
 
 @torch.library.custom_op("starlm::rms", mutates_args=())
-def _rms(x: Tensor) -> Tensor:
-    from starlm.ops import cpu_elementwise  # numba takes half a second to import
-
-    return cpu_elementwise.rms(x, EPS)
+def _rms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.device.type == "cpu":
+        return _kernels(x).rms(x, EPS)
+    return _kernels(x).rms(x, EPS, dtype)
 
 
 @torch.library.custom_op("starlm::rms_backward", mutates_args=())
 def _rms_backward(grad: Tensor, x: Tensor) -> Tensor:
-    from starlm.ops import cpu_elementwise
-
-    return cpu_elementwise.rms_backward(grad, x, EPS)
+    return _kernels(x).rms_backward(grad, x, EPS)
 
 
 @torch.library.custom_op("starlm::relu2", mutates_args=())
 def _relu2(x: Tensor) -> Tensor:
-    from starlm.ops import cpu_elementwise
-
-    return cpu_elementwise.relu2(x)
+    return _kernels(x).relu2(x)
 
 
 @torch.library.custom_op("starlm::relu2_backward", mutates_args=())
 def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
-    from starlm.ops import cpu_elementwise
-
-    return cpu_elementwise.relu2_backward(grad, x)
+    return _kernels(x).relu2_backward(grad, x)
 
 
-def _register(op, backward) -> None:
-    op.register_fake(lambda x: x.new_empty(x.shape))
-    backward.register_fake(lambda grad, x: x.new_empty(x.shape))
-    op.register_autograd(
-        lambda ctx, grad: backward(grad, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    )
+def _kernels(x: Tensor) -> Any:
+    """The module of the kernels for the device of `x`."""
+    if x.device.type == "cpu":
+        from starlm.ops import cpu_elementwise as kernels
+    else:
+        from starlm.ops import triton_elementwise as kernels
+    return kernels
 
 
-_register(_rms, _rms_backward)
-_register(_relu2, _relu2_backward)
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+_rms.register_fake(lambda x, dtype: x.new_empty(x.shape, dtype=dtype))
+_relu2.register_fake(lambda x: x.new_empty(x.shape))
+for _op in (_rms_backward, _relu2_backward):
+    _op.register_fake(lambda grad, x: x.new_empty(x.shape))
+_rms.register_autograd(lambda ctx, grad: (_rms_backward(grad, *ctx.saved_tensors), None), setup_context=_save)
+_relu2.register_autograd(lambda ctx, grad: _relu2_backward(grad, *ctx.saved_tensors), setup_context=_save)

@@ -29,6 +29,7 @@ from starlm.model.model import StarLM
 from starlm.train.config import TrainConfig
 from starlm.train.optim import Optimizers
 from starlm.train.run import Run
+from starlm.train.step import Step
 
 Record = dict[str, Any]
 
@@ -98,7 +99,15 @@ class _Session:
         torch.manual_seed(config.seed)
         self.model = build(config.model).to(self.device)
         self.optimizers = Optimizers(self.model, config.optim)
-        self.loss = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.step = Step(
+            self.model,
+            self.optimizers,
+            torch.compile(self.model.loss) if config.compile else self.model.loss,
+            precision=self.precision,
+            clip=config.optim.clip,
+            parts=config.rows // (config.micro_rows or config.rows),
+            graph=config.cuda_graph,
+        )
         self.fingerprint, self.seconds = self.data.splits["train"].fingerprint, 0.0
         if self.start:
             self._go_on()
@@ -155,20 +164,11 @@ class _Session:
         return every > 0 and self.done % every == 0
 
     def _step(self, batch: Batch) -> None:
-        """One step of the optimizers, on gradients of one batch, in parts of `micro_rows`."""
+        """One step of the optimizers, and its record."""
         began, config = time.perf_counter(), self.config
-        rows, losses = config.micro_rows or config.rows, []
-        tensors = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.first)]
-        for pieces in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-            inputs, targets, first = (piece.to(self.device) for piece in pieces)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                loss = self.loss(inputs, targets, first=first)
-            (loss * (rows / config.rows)).backward()
-            losses.append(loss.detach())
-        loss = torch.stack(losses).mean().item()
-        norm = _clip(self.model, config.optim.clip)
+        share = self.optimizers.schedule(self.done, config.num_steps)
+        loss, norm = self.step(batch)
         _require_finite(loss, norm, self.done + 1, self.run)
-        share = self.optimizers.step(self.done, config.num_steps)
         elapsed = time.perf_counter() - began
         self.done, self.seconds = self.done + 1, self.seconds + elapsed
         self._emit(
@@ -221,11 +221,6 @@ class _Session:
         self.run.record(record)
         self.on_record(record)
         return record
-
-
-def _clip(model: StarLM, limit: float) -> float:
-    """Clip the whole gradient to norm `limit` (0: leave it); its norm before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf).item()
 
 
 def _require_finite(loss: float, norm: float, step: int, run: Run) -> None:

@@ -16,7 +16,8 @@ class Muon(torch.optim.Muon):
 
     PyTorch iterates in bfloat16 everywhere. Without matrix units for it a CPU is slower so, and the result a
     hundred times as far from the exact one: there we iterate in float32, matrix by matrix, which stay in the
-    cache. On a GPU we iterate in bfloat16, all matrices of a shape in one batch.
+    cache. On a GPU we iterate in bfloat16, all matrices of a shape in one batch, and a group's rate and
+    momentum may be tensors.
     """
 
     @torch.no_grad()
@@ -49,15 +50,18 @@ class Muon(torch.optim.Muon):
         device = parameters[0].device
         dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
         options = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        if device.type == "cpu":
-            updates = [orthogonalise(update.to(dtype), *options) for update in updates]
-        else:
-            stack = torch.stack(updates).to(dtype)
-            updates = list(torch.vmap(lambda update: orthogonalise(update, *options))(stack))
-        for parameter, update in zip(parameters, updates, strict=True):
-            if group["weight_decay"]:
+        scale = -rate * max(1.0, rows / columns) ** 0.5
+        if group["weight_decay"]:
+            for parameter in parameters:
                 parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+        if device.type == "cpu":
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.add_(orthogonalise(update.to(dtype), *options), alpha=scale)
+        else:
+            stack = torch.vmap(lambda update: orthogonalise(update, *options))(torch.stack(updates).to(dtype))
+            # The rate may be a tensor: no `alpha`.
+            updates = list(stack.to(parameters[0].dtype) * scale)
+            torch._foreach_add_(parameters, updates)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def orthogonalise(

@@ -1,6 +1,7 @@
 """Muon for the matrices, AdamW for the rest, one schedule for both."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ class Optimizers:
 
     Matrices take Muon (kellerjordan.github.io/posts/muon); the shift projections are a Muon group with a
     rate of their own. Embedding, head and biases take AdamW, with rates scaled by (D / 768)^-0.5.
+
+    On a GPU all that changes from step to step stands in tensors there, so that `update` can be recorded once
+    and replayed (`starlm.train.step`).
     """
 
     def __init__(self, model: StarLM, config: OptimConfig) -> None:
         self.config = config
+        on_gpu = model.head.weight.is_cuda
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = _groups(model)
         scale = (model.config.width / 768) ** -0.5
@@ -53,6 +58,7 @@ class Optimizers:
             betas=(config.beta1, config.beta2),
             eps=1e-10,
             weight_decay=0.0,
+            capturable=on_gpu,
         )
         self.muon = Muon(
             [group for group in muon if group["params"]],
@@ -62,19 +68,32 @@ class Optimizers:
         for optimizer in (self.adam, self.muon):
             for group in optimizer.param_groups:
                 group["full_lr"] = group["lr"]
+                for name in ("lr", "momentum") if on_gpu else ():
+                    if name in group:
+                        group[name] = torch.tensor(group[name], device=model.head.weight.device)
 
     def step(self, step: int, num_steps: int) -> float:
         """Update every parameter from its gradient, clear the gradients, and return the share of the rate."""
+        share = self.schedule(step, num_steps)
+        self.update()
+        return share
+
+    def schedule(self, step: int, num_steps: int) -> float:
+        """Set rates and momentum for a step of `num_steps`; the share of the full rate."""
         share = rate(step, num_steps, self.config)
         ramp = min(step / MOMENTUM_STEPS, 1.0)
         for group in self.muon.param_groups:
-            group["momentum"] = MOMENTUM_START + (self.config.momentum - MOMENTUM_START) * ramp
+            _set(group, "momentum", MOMENTUM_START + (self.config.momentum - MOMENTUM_START) * ramp)
         for optimizer in (self.adam, self.muon):
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * share
+                _set(group, "lr", group["full_lr"] * share)
+        return share
+
+    def update(self) -> None:
+        """Update every parameter from its gradient, and clear the gradients."""
+        for optimizer in (self.adam, self.muon):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return share
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizers' state as named tensors: "<parameter>/<quantity>"."""
@@ -95,9 +114,16 @@ class Optimizers:
         for key, value in tensors.items():
             name, quantity = key.rsplit("/", 1)
             optimizer, parameter = owner[name]
-            # AdamW counts its steps in a CPU tensor, wherever the parameter is.
-            device = "cpu" if quantity == "step" else parameter.device
-            optimizer.state[parameter][quantity] = value.to(device)
+            # Without `capturable` AdamW counts its steps in a CPU tensor, wherever the parameter is.
+            counts = quantity == "step" and not optimizer.defaults["capturable"]
+            optimizer.state[parameter][quantity] = value.to("cpu" if counts else parameter.device)
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:

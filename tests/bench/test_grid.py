@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from starlm.bench import decode, layer, step, timing
+from starlm.bench import grid as grid_module
 from starlm.bench.config import DecodeOptions, LayerOptions, TrainBenchOptions
 from starlm.bench.grid import Grid, Peer, run
 from starlm.bench.timing import peak_memory
 from starlm.errors import InputError
 
-LAYER = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=2)
+LAYER = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=2, device="cpu")
 GRID = Grid(axis="T", unit="ms per call", value=lambda seconds, _: seconds * 1e3, baseline="a")
 
 
@@ -35,7 +36,12 @@ def test_a_table_of_two_peers(capsys):
     a, b = cells["a", 16], cells["b", 16]
     assert a["value"] == pytest.approx(sum(a["seconds"]) / 2 * 1e3)
     assert b["over_baseline"] == pytest.approx(sum(b["seconds"]) / sum(a["seconds"]))
-    assert result["command"] == "starlm bench layer --repeats 2 --batch-tokens 64 --lengths 16 64 --dim 32"
+    assert (
+        result["command"]
+        == "starlm bench layer --repeats 2 --device cpu --batch-tokens 64 --lengths 16 64 --dim 32"
+    )
+    assert result["device"] == "cpu"
+    assert (a["calls"], result["left_out"]) == (1, {})
     assert json.loads(json.dumps(result))["machine"] == {"processor": "abacus"}
     out = capsys.readouterr().out
     assert "processor: abacus" in out
@@ -53,7 +59,7 @@ def test_sizes_that_are_compared_go_by_together(capsys):
 
 
 def test_what_would_take_too_long_is_named_not_hidden(capsys):
-    options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, limit_seconds=0.0)
+    options = dataclasses.replace(LAYER, repeats=1, limit_seconds=0.0)
     fast = Peer(make=lambda size: lambda: None)
     growing = Peer(make=lambda size: lambda: sum(range(1000)), cost=float)
     result = run("layer", GRID, {"a": fast, "b": growing}, options, {})
@@ -66,7 +72,7 @@ def test_what_would_take_too_long_is_named_not_hidden(capsys):
 
 def test_what_a_longer_call_would_take_follows_from_its_cost():
     options = TrainBenchOptions(
-        batch_tokens=64, lengths=(32, 256), dim=16, depth=1, repeats=1, limit_seconds=0.0
+        batch_tokens=64, lengths=(32, 256), dim=16, depth=1, repeats=1, limit_seconds=0.0, device="cpu"
     )
     result = step.main(options, {})
     (row,) = result["skipped"]
@@ -77,12 +83,12 @@ def test_what_a_longer_call_would_take_follows_from_its_cost():
 
 def test_layers(tmp_path):
     plot = tmp_path / "layer.png"
-    options = LayerOptions(batch_tokens=64, lengths=(16, 64), dim=32, repeats=1, plot=plot)
+    options = dataclasses.replace(LAYER, repeats=1, plot=plot)
     result = layer.main(options, {})
     names = {"4 matrix products", "gated", "star", "attention", "short convolution", "Mamba-2"}
     assert {peer for peer, _ in by_cell(result)} == names
     assert plot.stat().st_size > 1000
-    half = LayerOptions(batch_tokens=64, lengths=(16,), dim=32, repeats=1, dtype="bfloat16")
+    half = dataclasses.replace(LAYER, lengths=(16,), repeats=1, dtype="bfloat16")
     assert len(layer.main(half, {})["cells"]) == len(names)
 
 
@@ -116,9 +122,16 @@ def test_memory_that_nobody_counts(tmp_path, monkeypatch, capsys):
     assert "MiB" not in capsys.readouterr().out
 
 
+STEPS = TrainBenchOptions(
+    batch_tokens=32, lengths=(16, 64), dim=32, depth=2, vocab_size=50, repeats=1, device="cpu"
+)
+DECODE = DecodeOptions(
+    contexts=(10, 50), tokens=3, dim=32, depth=2, vocab_size=50, max_shift=4, repeats=1, device="cpu"
+)
+
+
 def test_steps():
-    options = TrainBenchOptions(batch_tokens=32, lengths=(16, 64), dim=32, depth=2, vocab_size=50, repeats=1)
-    result = step.main(options, {})
+    result = step.main(STEPS, {})
     cells = by_cell(result)
     assert {peer for peer, _ in cells} == {"transformer", "star", "gated", "short convolution"}
     # Two rows of 16 tokens, and one of 64 where a row is longer than batch_tokens.
@@ -127,10 +140,7 @@ def test_steps():
 
 
 def test_decoding(capsys):
-    options = DecodeOptions(
-        contexts=(10, 50), tokens=3, dim=32, depth=2, vocab_size=50, max_shift=4, repeats=1
-    )
-    result = decode.main(options, {})
+    result = decode.main(DECODE, {})
     assert {peer for peer, _ in by_cell(result)} == {
         *("weights read once", "star", "gated", "gated, 4 back", "attention")
     }
@@ -138,8 +148,143 @@ def test_decoding(capsys):
     assert bytes_of["star"][50] >= bytes_of["star"][10] > 0
     assert result["weight_bytes"] == 4 * (2 * 12 * 32 * 32 + 2 * 32 + 50 * 32)
     assert "Decode state, MiB" in capsys.readouterr().out
-    bounded = DecodeOptions(contexts=(10,), tokens=1, dim=32, depth=2, vocab_size=50, peers=("bounded",))
-    assert [peer for peer, _ in by_cell(decode.main(bounded, {}))] == ["weights read once", "gated, 512 back"]
+    bounded = dataclasses.replace(DECODE, contexts=(10,), peers=("bounded",))
+    assert [peer for peer, _ in by_cell(decode.main(bounded, {}))] == ["weights read once", "gated, 4 back"]
+
+
+def test_decoding_several_streams(capsys):
+    one, three = (
+        decode.main(dataclasses.replace(DECODE, contexts=(10,), batch=n, peers=("star", "attention")), {})
+        for n in (1, 3)
+    )
+    for name in ("star", "attention"):
+        assert three["state_bytes"][name][10] == 3 * one["state_bytes"][name][10] > 0
+    out = capsys.readouterr().out
+    assert "float32, one stream" in out
+    assert "ms per step of 3 streams: median" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"), [(layer, LAYER), (step, STEPS), (decode, DECODE)], ids=["layer", "train", "decode"]
+)
+def test_a_device_that_is_not_there(verb, options):
+    options = dataclasses.replace(options, device=f"cuda:{torch.cuda.device_count()}")
+    with pytest.raises(InputError, match=r"device 'cuda:\d+' is not on this machine"):
+        verb.main(options, {})
+
+
+class TestFailures:
+    """What a peer raises."""
+
+    def failing(self, error, *, at, when):
+        """A peer that fails at a size, when it is made, in its first call or in a later one."""
+
+        def make(size):
+            calls = iter(range(99))
+
+            def call():
+                if size == at and next(calls) == when:
+                    raise error
+
+            if size == at and when < 0:
+                raise error
+            return call
+
+        return make
+
+    @pytest.mark.parametrize("memory", [False, True])
+    @pytest.mark.parametrize("when", [-1, 0, 2])
+    def test_what_does_not_fit_into_memory_is_named(self, capsys, when, memory):
+        error = torch.OutOfMemoryError("GPU out of memory. Tried to allocate 9 GiB.\nMore.")
+        peers = {
+            "a": Peer(make=lambda size: lambda: None),
+            "b": Peer(make=self.failing(error, at=64, when=when)),
+        }
+        result = run("layer", dataclasses.replace(GRID, memory=memory), peers, LAYER, {})
+        assert set(by_cell(result)) == {("a", 16), ("a", 64), ("b", 16)}
+        (row,) = result["skipped"]
+        why = "OutOfMemoryError: GPU out of memory. Tried to allocate 9 GiB."
+        assert row == {"peer": "b", "size": 64, "why": why}
+        assert f"b at 64: skipped, {why}" in capsys.readouterr().out
+
+    def test_what_another_package_raises_is_named(self):
+        make = self.failing(ValueError("no such head"), at=16, when=0)
+        result = run("layer", GRID, {"a": Peer(make=make, foreign=True)}, LAYER, {})
+        assert [row["why"] for row in result["skipped"]] == ["ValueError: no such head"]
+        make = self.failing(ValueError("no such head"), at=16, when=0)
+        with pytest.raises(ValueError, match="no such head"):
+            run("layer", GRID, {"a": Peer(make=make)}, LAYER, {})
+
+
+def test_peers_that_do_not_run_here(capsys):
+    options = dataclasses.replace(LAYER, lengths=(16,), peers=("conv", "gla"))
+    result = layer.main(options, {})
+    assert {peer for peer, _ in by_cell(result)} == {"4 matrix products", "short convolution"}
+    assert result["left_out"] == {"GLA (fla)": "its kernels are for GPUs"}
+    assert "GLA (fla): left out, its kernels are for GPUs" in capsys.readouterr().out
+
+
+def test_bursts():
+    """On a GPU short calls are timed many at once, on a CPU never."""
+    gpu, calls = torch.device("cuda"), []
+    assert [timing.burst(seconds, gpu) for seconds in (0.0, 1e-3, 0.02, 3.0)] == [1000, 20, 1, 1]
+    assert timing.burst(1e-3, timing.CPU) == 1
+    found = timing.interleave({"a": lambda: calls.append(1)}, 2, times={"a": 5})
+    assert (len(calls), len(found["a"].seconds)) == (10, 2)
+
+
+def test_what_a_gpu_is_asked_for(monkeypatch, capsys):
+    """Warm-up, the peak of tensors, bursts; with a GPU that is not there."""
+    log, held = [], iter([100, 100])
+    monkeypatch.setattr(grid_module, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(grid_module, "describe", lambda device: {"GPU": "abacus"})
+    monkeypatch.setattr(timing, "BURST_CALLS", 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 107)
+    peers = {"a": Peer(make=lambda size: lambda: log.append("call"))}
+    options = dataclasses.replace(LAYER, lengths=(16,), repeats=1)
+    result = run("layer", dataclasses.replace(GRID, memory=True), peers, options, {})
+    once, burst = ["wait", "call", "wait"], ["wait", *["call"] * 3, "wait"]
+    assert log == ["call"] * timing.WARM_CALLS + ["reset", "call"] + once + burst
+    (cell,) = result["cells"]
+    assert (cell["peak_bytes"], cell["calls"], result["device"]) == (7, 3, "cuda")
+    assert "GPU: abacus" in capsys.readouterr().out
+
+
+@pytest.mark.compile
+def test_compiled_steps():
+    options = dataclasses.replace(STEPS, depth=1, lengths=(16, 32), compile=True)
+    result = step.main(options, {})
+    assert len(result["cells"]) == 2 * len(step.MODELS)
+    assert result["skipped"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("verb", "options"), [(layer, LAYER), (step, STEPS), (decode, DECODE)], ids=["layer", "train", "decode"]
+)
+def test_on_a_gpu(verb, options, dtype, capsys):
+    result = json.loads(
+        json.dumps(verb.main(dataclasses.replace(options, device="cuda", dtype=dtype, dim=64), {}))
+    )
+    assert result["device"] == "cuda"
+    assert {"GPU", "CUDA"} <= set(result["machine"])
+    # What other packages make of such sizes is theirs.
+    assert [row for row in result["skipped"] if "(fla)" not in row["peer"]] == []
+    assert all(cell["calls"] >= 1 and min(cell["seconds"]) > 0 for cell in result["cells"])
+    if verb is not decode:
+        assert all(cell["peak_bytes"] > 0 for cell in result["cells"])
+    assert "the GPU idle before and after" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.gpu
+def test_memory_of_a_call_on_a_gpu():
+    device = torch.device("cuda")
+    peak = peak_memory(lambda: torch.empty(64 << 20, dtype=torch.uint8, device=device), device=device)
+    assert peak == pytest.approx(64 << 20, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +295,7 @@ def test_decoding(capsys):
         (lambda: TrainBenchOptions(depth=0), "depth must be at least 1"),
         (lambda: DecodeOptions(contexts=()), "contexts must be 1 or more"),
         (lambda: DecodeOptions(repeats=0), "repeats must be at least 1"),
+        (lambda: DecodeOptions(batch=0), "batch must be at least 1"),
     ],
 )
 def test_impossible_options(options, message):

@@ -72,7 +72,7 @@ def test_nan_shows_zero_stays_and_nothing_is_no_error(function):
 def test_registration(dtype):
     x = torch.randn(4, 5, dtype=dtype)
     for op, arguments in (
-        (module._rms, (x,)),
+        (module._rms, (x, dtype)),
         (module._rms_backward, (x, x)),
         (module._relu2, (x,)),
         (module._relu2_backward, (x, x)),

@@ -1,0 +1,117 @@
+"""One training step: loss, gradients, clipping, update. On a GPU recorded once, then replayed."""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from starlm.data.loader import Batch
+from starlm.errors import StarLMError
+from starlm.model.model import StarLM
+
+# Steps that run as they are before one is recorded: what is made at first use, such as the optimizers' state
+# and compiled kernels, must be there by then.
+WARMUP = 3
+
+
+class Updates(Protocol):
+    """What `starlm.train.optim.Optimizers` does."""
+
+    def update(self) -> None:
+        """Update every parameter from its gradient, and clear the gradients, without asking the GPU."""
+
+
+class Step:
+    """Trains a model on one batch per call.
+
+    A step of a small model is a thousand kernels of a few microseconds each, which Python cannot start as
+    fast as a GPU ends them. So on a GPU, after WARMUP steps, one is recorded as a CUDA graph; from then on a
+    step is a copy of the batch and one launch. The arithmetic is the same.
+    """
+
+    def __init__(
+        self,
+        model: StarLM,
+        optimizers: Updates,
+        loss: Callable[..., Tensor],
+        *,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        clip: float = 0.0,
+        parts: int = 1,
+        graph: bool = True,
+    ) -> None:
+        """Args:
+        loss: loss(inputs, targets, first=first), of tensors [B, T]; `model.loss`, if nothing else is meant.
+        precision: of the matrix products.
+        clip: largest norm of the whole gradient; 0 is off.
+        parts: in which a batch goes by, its gradients added up; must divide its rows.
+        graph: replay a recorded step where the model is on a GPU.
+        """
+        self.model, self.optimizers, self.precision = model, optimizers, precision
+        self.clip, self.parts = clip or torch.inf, parts
+        self.device = model.head.weight.device
+        self._loss = loss
+        self._warmup = WARMUP if graph and self.device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._results = torch.empty(0)
+
+    def __call__(self, batch: Batch) -> tuple[float, float]:
+        """Update the model, at the rates that `Optimizers.schedule` has set; the loss and the norm of its
+        gradient, before clipping.
+
+        Raises:
+            StarLMError: a part of the model cannot be recorded.
+        """
+        arrays = (batch.inputs, batch.targets, batch.first)
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self._warmup is None:
+            results = self._run([tensor.to(self.device) for tensor in tensors])
+        else:
+            results = self._replay(tensors)
+        loss, norm = results.tolist()
+        return loss, norm
+
+    def _run(self, tensors: list[Tensor]) -> Tensor:
+        """Loss and norm [2] of a step on inputs, targets and first rows, all [B, T]."""
+        losses = []
+        for part in zip(*(tensor.chunk(self.parts) for tensor in tensors), strict=True):
+            inputs, targets, first = part
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                loss = self._loss(inputs, targets, first=first)
+            (loss / self.parts).backward()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizers.update()
+        return torch.stack([torch.stack(losses).mean(), norm])
+
+    def _replay(self, tensors: list[Tensor]) -> Tensor:
+        if not self._inputs:
+            self._inputs = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
+        for target, source in zip(self._inputs, tensors, strict=True):
+            target.copy_(source)
+        if self._warmup:
+            self._warmup -= 1
+            # What is recorded runs on a stream of its own, and so must all that it finds ready.
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                results = self._run(self._inputs)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            return results
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads may go on with work of their own.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._results = self._run(self._inputs)
+            except RuntimeError as error:
+                line, *_ = str(error).split("\n")
+                raise StarLMError(
+                    f"This training step cannot be recorded as a CUDA graph ({line}). "
+                    f"Train with cuda_graph=false."
+                ) from error
+            self._graph = graph
+        self._graph.replay()
+        return self._results
