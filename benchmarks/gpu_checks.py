@@ -214,6 +214,156 @@ def anchored(device: str, length: int) -> None:
     assert torch.equal(got, wanted), "anchors differ from those of the CPU"
 
 
+KINDS = ("now", "token", "bigram", "box")
+PARTS = ("output", "gradient of values", "gradient of shift", "gradient of gate")
+# Of the largest element: shifts of hundreds of tokens are rounded to 3e-5 of one.
+SHIFTS = 1e-4
+
+
+@contextmanager
+def gpu_kernels(device: str) -> Iterator[None]:
+    """The layer's GPU kernels within; on a CPU, where the interpreter runs them, by force."""
+    with patch.object(mix_module, "_on_gpu", lambda _: True) if device == "cpu" else nullcontext():
+        yield
+
+
+def layer_problem(device: str, length: int, dtype: torch.dtype, channels: int, **options: Any):
+    """A layer with heads of all kinds, the three tensors that it reads with, and all that goes with them."""
+    layer = Deformer(len(KINDS) * channels, len(KINDS), preset="star", kinds=KINDS, **options).to(device)
+    for weight in (layer.out.weight, layer.shift.weight):
+        torch.nn.init.normal_(weight, std=layer.dim**-0.5)
+    # Slices of one tensor, as one product for all three projections would give them.
+    tensors = torch.randn(2, length, 3, layer.dim, device=device)
+    tensors[:, :, 1] = tensors[:, :, 1] * 4 + 3
+    own = torch.arange(length)
+    first = (torch.rand(2, length) * (own + 5)).long() * (torch.rand(2, length) < 0.5)
+    origins = {n: ((torch.rand(2, length) * (own + 2)).long() - 1).to(device) for n in (1, 2)}
+    return layer, tensors.to(dtype).unbind(2), first.to(device), origins
+
+
+def layer_results(layer: Deformer, tensors: Any, grad: Tensor, first: Tensor | None, origins: Any) -> Any:
+    """What the layer reads, between its projections, and gradients."""
+    values, shift, gate = (x.detach().requires_grad_() for x in tensors)
+    out = layer._read("value", values, shift, gate, first, origins, None)
+    return out.detach(), *torch.autograd.grad(out, (values, shift, gate), grad)
+
+
+def compare_layer(
+    device: str, length: int, dtype: torch.dtype, channels: int, *, alone: bool = False, **options: Any
+) -> Any:
+    """The fused layer's results, `alone` by deterministic algorithms, compared with its definition in fp64."""
+    layer, tensors, first, origins = layer_problem(device, length, dtype, channels, **options)
+    grad = torch.randn(2, length, layer.dim, device=device).to(dtype)
+    # The definition has no deterministic algorithms on a GPU.
+    with gpu_kernels(device), deterministic() if alone else nullcontext():
+        got = layer_results(layer, tensors, grad, first, origins)
+    with plain():
+        wanted = layer_results(layer, [x.double() for x in tensors], grad.double(), first, origins)
+    distances = layer._distances(tensors[1].double())
+    distances["anchored"] = torch.full_like(distances["anchored"], 0.5)
+    reach = torch.cat(list(distances.values()), dim=2).flatten(2)
+    # At a row the derivative jumps, and rounding decides on which side we are.
+    smooth = (reach - reach.round()).abs() > 4e-6 * reach.clamp(min=1.0)
+    for name, a, b in zip(PARTS, got, wanted, strict=True):
+        assert a.dtype == dtype, f"{name}: {a.dtype}, wanted {dtype}"
+        keep = smooth if name == PARTS[2] else torch.ones_like(smooth)
+        assert_close(f"{name}, T = {length}", a * keep, b * keep, dtype, SHIFTS)
+    return layer, tensors, grad, first, origins, got
+
+
+def layer(device: str, length: int) -> None:
+    for dtype in DTYPES[:3]:
+        for size in {min(length, size) for size in (1, 65, length)}:
+            compare_layer(device, size, dtype, 8 if device == "cpu" else 64)
+    if device != "cpu":
+        compare_layer(device, length, torch.float32, 40, max_shift=100)
+
+
+def whole_layer(device: str, length: int) -> None:
+    """With its projections; by its parameters' gradients, as wholes."""
+    layer, _, first, origins = layer_problem(device, length, torch.float32, 8 if device == "cpu" else 64)
+    x = torch.randn(2, length, layer.dim, device=device, requires_grad=True)
+    grad = torch.randn_like(x)
+    found = []
+    for context in (gpu_kernels(device), plain()):
+        with context:
+            out = layer(x, first=first, origins=origins)
+            found.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)])
+    names = ("output", "gradient of x", *(name for name, _ in layer.named_parameters()))
+    for name, a, b in zip(names, *found, strict=True):
+        off = ((a - b).norm() / b.norm()).item()
+        assert off < 1e-2, f"{name}: off by {off:.3g} of its size"
+
+
+def repeatable_layer(device: str, length: int) -> None:
+    channels = 3 if device == "cpu" else 64
+    *problem, wanted = compare_layer(device, length, torch.float32, channels, alone=True)
+    with gpu_kernels(device), deterministic():
+        again = layer_results(*problem)
+    for name, a, b in zip(PARTS, wanted, again, strict=True):
+        assert torch.equal(a, b), f"{name}: two runs differ"
+
+
+def recorded_layer(device: str, length: int) -> None:
+    """In a CUDA graph, and by torch.compile: neither waits for the GPU, nor breaks the graph."""
+    if device == "cpu":
+        raise NotRun("there are no CUDA graphs")
+    *problem, wanted = compare_layer(device, length, torch.bfloat16, 64, alone=True)
+    with deterministic():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            layer_results(*problem)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = layer_results(*problem)
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, a, b in zip(PARTS, wanted, recorded, strict=True):
+            assert torch.equal(a, b), f"{name}: another one from a CUDA graph"
+        layer, tensors, grad, first, origins = problem
+        function = torch.compile(lambda *x: layer._read("value", *x, first, origins, None), fullgraph=True)
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = function(*leaves)
+        for name, a, b in zip(PARTS, wanted, (out, *torch.autograd.grad(out, leaves, grad)), strict=True):
+            assert torch.equal(a, b), f"{name}: another one when compiled"
+
+
+def sums(device: str, length: int) -> None:
+    """Prefix sums of a million rows, and their gradient, in fp64 as on a CPU."""
+    from starlm.ops.triton_mix import pieces_of
+
+    rows, channels = (1_000_000 if device != "cpu" else 4 * length), 5
+    values = torch.randn(1, rows, 1, channels, device=device)
+    (piece,) = pieces_of(values, 0, 1, {})
+    got = piece.source(values.flatten(2))[0].cpu()
+    # What was added up is fp32, so differences of sums give it back to the last bit.
+    added = torch.diff(got, dim=1, prepend=torch.zeros(1, 1, channels)).float()
+    assert_close(
+        "rows",
+        added,
+        torch.nn.functional.rms_norm(values.cpu().flatten(2), [channels], eps=1e-6),
+        torch.float32,
+        1e-6,
+    )
+    off = (got - added.double().cumsum(1)).abs().max().item()
+    assert off < 1e-8, f"sums of {rows} rows: off by {off:.3g}"
+
+    shift, grad = torch.randn_like(values) * 4 + 8, torch.randn_like(values)
+    leaf = values.requires_grad_()
+    with gpu_kernels(device):
+        out = mix_module.mix(leaf, shift, None, None, near=0, boxes=1)
+        (got,) = torch.autograd.grad(out, leaf, grad)
+    leaf = values.detach().double().cpu().requires_grad_()
+    width = (shift.double().cpu() / 2).exp().clamp(min=1)
+    mean, width = box(prefix_sums(torch.nn.functional.rms_norm(leaf, [channels], eps=1e-6)), width)
+    wanted = mean * width.clamp(max=16).sqrt()
+    assert_close("means", out.cpu(), wanted, torch.float32, SHIFTS)
+    (wanted,) = torch.autograd.grad(wanted, leaf, grad.double().cpu())
+    assert_close("gradient of values", got.cpu(), wanted, torch.float32, SHIFTS)
+
+
 def relu_squared(device: str, length: int) -> None:
     for dtype in DTYPES[:3]:
         x, grad = (torch.randn(3, length, 129, device=device).to(dtype) for _ in range(2))
@@ -271,153 +421,6 @@ def loss_of_a_head(device: str, length: int) -> None:
             assert off <= allowed, f"{name}, softcap {softcap:g}: off by {off:.3g} in {dtype}"
 
 
-KINDS = ("now", "token", "bigram", "box")
-PARTS = ("output", "gradient of values", "gradient of shift", "gradient of gate")
-# Of the largest element: shifts of hundreds of tokens are rounded to 3e-5 of one.
-SHIFTS = 1e-4
-
-
-@contextmanager
-def gpu_kernels(device: str) -> Iterator[None]:
-    """The layer's GPU kernels within; on a CPU, where the interpreter runs them, by force."""
-    with patch.object(mix_module, "_on_gpu", lambda _: True) if device == "cpu" else nullcontext():
-        yield
-
-
-def layer_problem(device: str, length: int, dtype: torch.dtype, channels: int, **options: Any):
-    """A layer with heads of all kinds, the three tensors that it reads with, and all that goes with them."""
-    layer = Deformer(len(KINDS) * channels, len(KINDS), preset="star", kinds=KINDS, **options).to(device)
-    for weight in (layer.out.weight, layer.shift.weight):
-        torch.nn.init.normal_(weight, std=layer.dim**-0.5)
-    # Slices of one tensor, as one product for all three projections would give them.
-    tensors = torch.randn(2, length, 3, layer.dim, device=device)
-    tensors[:, :, 1] = tensors[:, :, 1] * 4 + 3
-    own = torch.arange(length)
-    first = (torch.rand(2, length) * (own + 5)).long() * (torch.rand(2, length) < 0.5)
-    origins = {n: ((torch.rand(2, length) * (own + 2)).long() - 1).to(device) for n in (1, 2)}
-    return layer, tensors.to(dtype).unbind(2), first.to(device), origins
-
-
-def layer_results(layer: Deformer, tensors: Any, grad: Tensor, first: Tensor | None, origins: Any) -> Any:
-    """What the layer reads, between its projections, and gradients."""
-    values, shift, gate = (x.detach().requires_grad_() for x in tensors)
-    out = layer._read("value", values, shift, gate, first, origins, None)
-    return out.detach(), *torch.autograd.grad(out, (values, shift, gate), grad)
-
-
-def compare_layer(device: str, length: int, dtype: torch.dtype, channels: int, **options: Any) -> Any:
-    """The fused layer's results, after comparison with its definition in fp64."""
-    layer, tensors, first, origins = layer_problem(device, length, dtype, channels, **options)
-    grad = torch.randn(2, length, layer.dim, device=device).to(dtype)
-    with gpu_kernels(device):
-        got = layer_results(layer, tensors, grad, first, origins)
-    with plain():
-        wanted = layer_results(layer, [x.double() for x in tensors], grad.double(), first, origins)
-    distances = layer._distances(tensors[1].double())
-    distances["anchored"] = torch.full_like(distances["anchored"], 0.5)
-    reach = torch.cat(list(distances.values()), dim=2).flatten(2)
-    # At a row the derivative jumps, and rounding decides on which side we are.
-    smooth = (reach - reach.round()).abs() > 1e-6 * reach.clamp(min=1.0)
-    for name, a, b in zip(PARTS, got, wanted, strict=True):
-        assert a.dtype == dtype, f"{name}: {a.dtype}, wanted {dtype}"
-        keep = smooth if name == PARTS[2] else torch.ones_like(smooth)
-        assert_close(f"{name}, T = {length}", a * keep, b * keep, dtype, SHIFTS)
-    return layer, tensors, grad, first, origins, got
-
-
-def layer(device: str, length: int) -> None:
-    for dtype in DTYPES[:3]:
-        for size in {min(length, size) for size in (1, 65, length)}:
-            compare_layer(device, size, dtype, 8 if device == "cpu" else 64)
-    if device != "cpu":
-        compare_layer(device, length, torch.float32, 40, max_shift=100)
-
-
-def whole_layer(device: str, length: int) -> None:
-    """With its projections; by its parameters' gradients, as wholes."""
-    layer, _, first, origins = layer_problem(device, length, torch.float32, 8 if device == "cpu" else 64)
-    x = torch.randn(2, length, layer.dim, device=device, requires_grad=True)
-    grad = torch.randn_like(x)
-    found = []
-    for context in (gpu_kernels(device), plain()):
-        with context:
-            out = layer(x, first=first, origins=origins)
-            found.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)])
-    names = ("output", "gradient of x", *(name for name, _ in layer.named_parameters()))
-    for name, a, b in zip(names, *found, strict=True):
-        off = ((a - b).norm() / b.norm()).item()
-        assert off < 1e-3, f"{name}: off by {off:.3g} of its size"
-
-
-def repeatable_layer(device: str, length: int) -> None:
-    with deterministic():
-        *problem, wanted = compare_layer(device, length, torch.float32, 3 if device == "cpu" else 64)
-        with gpu_kernels(device):
-            again = layer_results(*problem)
-    for name, a, b in zip(PARTS, wanted, again, strict=True):
-        assert torch.equal(a, b), f"{name}: two runs differ"
-
-
-def recorded_layer(device: str, length: int) -> None:
-    """In a CUDA graph, and by torch.compile: neither waits for the GPU, nor breaks the graph."""
-    if device == "cpu":
-        raise NotRun("there are no CUDA graphs")
-    with deterministic():
-        *problem, wanted = compare_layer(device, length, torch.bfloat16, 64)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            layer_results(*problem)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = layer_results(*problem)
-        graph.replay()
-        torch.cuda.synchronize()
-        for name, a, b in zip(PARTS, wanted, recorded, strict=True):
-            assert torch.equal(a, b), f"{name}: another one from a CUDA graph"
-        layer, tensors, grad, first, origins = problem
-        function = torch.compile(lambda *x: layer._read("value", *x, first, origins, None), fullgraph=True)
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        out = function(*leaves)
-        for name, a, b in zip(PARTS, wanted, (out, *torch.autograd.grad(out, leaves, grad)), strict=True):
-            assert torch.equal(a, b), f"{name}: another one when compiled"
-
-
-def sums(device: str, length: int) -> None:
-    """Prefix sums of a million rows, and their gradient, in fp64 as on a CPU."""
-    from starlm.ops.triton_mix import pieces_of
-
-    rows, channels = (1_000_000 if device != "cpu" else 4 * length), 5
-    values = torch.randn(1, rows, 1, channels, device=device)
-    (piece,) = pieces_of(values, 0, 1, {})
-    got = piece.source(values.flatten(2))[0].cpu()
-    # What was added up is fp32, so differences of sums give it back to the last bit.
-    added = torch.diff(got, dim=1, prepend=torch.zeros(1, 1, channels)).float()
-    assert_close(
-        "rows",
-        added,
-        torch.nn.functional.rms_norm(values.cpu().flatten(2), [channels], eps=1e-6),
-        torch.float32,
-        1e-6,
-    )
-    off = (got - added.double().cumsum(1)).abs().max().item()
-    assert off < 1e-8, f"sums of {rows} rows: off by {off:.3g}"
-
-    shift, grad = torch.randn_like(values) * 4 + 8, torch.randn_like(values)
-    leaf = values.requires_grad_()
-    with gpu_kernels(device):
-        out = mix_module.mix(leaf, shift, None, None, near=0, boxes=1)
-        (got,) = torch.autograd.grad(out, leaf, grad)
-    leaf = values.detach().double().cpu().requires_grad_()
-    width = (shift.double().cpu() / 2).exp().clamp(min=1)
-    mean, width = box(prefix_sums(torch.nn.functional.rms_norm(leaf, [channels], eps=1e-6)), width)
-    wanted = mean * width.clamp(max=16).sqrt()
-    assert_close("means", out.cpu(), wanted, torch.float32, SHIFTS)
-    (wanted,) = torch.autograd.grad(wanted, leaf, grad.double().cpu())
-    assert_close("gradient of values", got.cpu(), wanted, torch.float32, SHIFTS)
-
-
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "definition, T from 1 to 129, every dtype": definition,
     "definition, long, every dtype": long,
@@ -429,12 +432,12 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "70000 batch rows": many_rows,
     "more than 2^31 elements": wide,
     "anchors": anchored,
-    "relu²": relu_squared,
-    "loss of logits, V up to 50304": loss_of_logits,
-    "loss of a head, with its gradients": loss_of_a_head,
     "fused layer, between its projections": layer,
     "fused layer, whole": whole_layer,
     "fused layer, deterministic": repeatable_layer,
     "fused layer, CUDA graph and torch.compile": recorded_layer,
     "prefix sums of a million rows, both ways": sums,
+    "relu²": relu_squared,
+    "loss of logits, V up to 50304": loss_of_logits,
+    "loss of a head, with its gradients": loss_of_a_head,
 }
