@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starlm.ops import anchors, deform
+from starlm.model import graph
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
+from starlm.ops import anchors, deform, plain
 from starlm.ops.reference import deform_reference
 
 NAMES = ("output", "gradient of values", "gradient of shift")
@@ -206,6 +209,55 @@ def anchored(device: str, length: int) -> None:
     assert torch.equal(got, wanted), "anchors differ from those of the CPU"
 
 
+def decode_step(device: str, length: int) -> None:
+    """Token by token in graphs, in slots at different positions, against one forward by the definition."""
+    if device == "cpu":
+        raise NotRun("tests/model has it with the kernel of the CPU")
+    for options in GRAPHED:
+        for dtype, allowed in GRAPHED_DTYPES.items():
+            model = small_model(device, dtype, **options)
+            error = decoded(model, torch.randint(40, (3, 300), device=device))
+            assert error <= allowed, f"{options}, {dtype}: off by {error:.3g} of the largest logit"
+            assert graph.graphs_of(model) == [3], f"{options}, {dtype}: no graph was used"
+
+
+@torch.no_grad()
+def decoded(model: StarLM, text: Tensor) -> float:
+    """How far 160 steps of three slots are off the full forward at most, in units of the largest logit."""
+    state, worst = model.new_state(3, rollback=8), 0.0
+    for slot, begin in ((1, 37), (2, 130)):
+        model(text[slot : slot + 1, :begin], state=state.pick([slot]))
+    with plain():
+        wanted = model(text)
+    for step in range(160):
+        if step == 80:
+            # Rows given back, and a copy that goes on in place of its original.
+            state.crop([length - 3 for length in state.lengths])
+            state = state.fork()
+        rows, slots = torch.tensor(state.lengths, device=text.device), torch.arange(3, device=text.device)
+        got = model(text[slots, rows][:, None], state=state)[:, 0]
+        worst = max(worst, (got - wanted[slots, rows]).abs().max().item())
+    return worst / wanted.abs().max().item()
+
+
+def small_model(device: str, dtype: torch.dtype, **options: Any) -> StarLM:
+    """A model whose every weight says something, with shifts of some tokens; for inference."""
+    model = StarLM(StarLMConfig(depth=3, vocab_size=40, **options))
+    for name, parameter in model.named_parameters():
+        scale = 2.0 if "shift" in name else 1.0
+        torch.nn.init.normal_(parameter, std=scale * parameter.shape[-1] ** -0.5)
+    return model.to(device, dtype).requires_grad_(False)
+
+
+# What a decode step may be off, and models for it: presets, bounds, heads of 33 channels.
+GRAPHED_DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+GRAPHED = (
+    {"preset": "star", "dim": 8 * 64, "heads": 8},
+    {"preset": "star", "dim": 8 * 33, "heads": 8, "max_shift": 20},
+    {"preset": "product", "dim": 128, "heads": 4},
+    {"preset": "gated", "dim": 128, "heads": 1, "max_shift": 5},
+)
+
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "definition, T from 1 to 129, every dtype": definition,
     "definition, long, every dtype": long,
@@ -217,4 +269,5 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "70000 batch rows": many_rows,
     "more than 2^31 elements": wide,
     "anchors": anchored,
+    "decode step in a graph = full forward": decode_step,
 }
