@@ -13,6 +13,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from starlm.model import graph
+from starlm.model.config import StarLMConfig
+from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
 from starlm.ops import anchors, deform, triton_elementwise
 from starlm.ops import mix as mix_module
@@ -251,7 +254,7 @@ def layer_results(layer: Deformer, tensors: Any, grad: Tensor, first: Tensor | N
 def compare_layer(
     device: str, length: int, dtype: torch.dtype, channels: int, *, alone: bool = False, **options: Any
 ) -> Any:
-    """The fused layer's results, `alone` by deterministic algorithms, compared with its definition in fp64."""
+    """The fused layer's results, against its definition in fp64; `alone` by deterministic algorithms."""
     layer, tensors, first, origins = layer_problem(device, length, dtype, channels, **options)
     grad = torch.randn(2, length, layer.dim, device=device).to(dtype)
     # The definition has no deterministic algorithms on a GPU.
@@ -421,6 +424,55 @@ def loss_of_a_head(device: str, length: int) -> None:
             assert off <= allowed, f"{name}, softcap {softcap:g}: off by {off:.3g} in {dtype}"
 
 
+def decode_step(device: str, length: int) -> None:
+    """Token by token in graphs, in slots at different positions, against one forward by the definition."""
+    if device == "cpu":
+        raise NotRun("tests/model has it with the kernel of the CPU")
+    for options in GRAPHED:
+        for dtype, allowed in GRAPHED_DTYPES.items():
+            model = small_model(device, dtype, **options)
+            error = decoded(model, torch.randint(40, (3, 300), device=device))
+            assert error <= allowed, f"{options}, {dtype}: off by {error:.3g} of the largest logit"
+            assert graph.graphs_of(model) == [3], f"{options}, {dtype}: no graph was used"
+
+
+@torch.no_grad()
+def decoded(model: StarLM, text: Tensor) -> float:
+    """How far 160 steps of three slots are off the full forward at most, in units of the largest logit."""
+    state, worst = model.new_state(3, rollback=8), 0.0
+    for slot, begin in ((1, 37), (2, 130)):
+        model(text[slot : slot + 1, :begin], state=state.pick([slot]))
+    with plain():
+        wanted = model(text)
+    for step in range(160):
+        if step == 80:
+            # Rows given back, and a copy that goes on in place of its original.
+            state.crop([length - 3 for length in state.lengths])
+            state = state.fork()
+        rows, slots = torch.tensor(state.lengths, device=text.device), torch.arange(3, device=text.device)
+        got = model(text[slots, rows][:, None], state=state)[:, 0]
+        worst = max(worst, (got - wanted[slots, rows]).abs().max().item())
+    return worst / wanted.abs().max().item()
+
+
+def small_model(device: str, dtype: torch.dtype, **options: Any) -> StarLM:
+    """A model whose every weight says something, with shifts of some tokens; for inference."""
+    model = StarLM(StarLMConfig(depth=3, vocab_size=40, **options))
+    for name, parameter in model.named_parameters():
+        scale = 2.0 if "shift" in name else 1.0
+        torch.nn.init.normal_(parameter, std=scale * parameter.shape[-1] ** -0.5)
+    return model.to(device, dtype).requires_grad_(False)
+
+
+# What a decode step may be off, and models for it: presets, bounds, heads of 33 channels.
+GRAPHED_DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+GRAPHED = (
+    {"preset": "star", "dim": 8 * 64, "heads": 8},
+    {"preset": "star", "dim": 8 * 33, "heads": 8, "max_shift": 20},
+    {"preset": "product", "dim": 128, "heads": 4},
+    {"preset": "gated", "dim": 128, "heads": 1, "max_shift": 5},
+)
+
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "definition, T from 1 to 129, every dtype": definition,
     "definition, long, every dtype": long,
@@ -440,4 +492,5 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "relu²": relu_squared,
     "loss of logits, V up to 50304": loss_of_logits,
     "loss of a head, with its gradients": loss_of_a_head,
+    "decode step in a graph = full forward": decode_step,
 }

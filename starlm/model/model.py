@@ -7,15 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.errors import InputError
+from starlm.model import graph
 from starlm.model.config import StarLMConfig
 from starlm.model.state import DecodeState, Slot
 from starlm.nn.attention import Attention
-from starlm.nn.block import Block
+from starlm.nn.block import Block, through
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import LONGEST, MATCH
 from starlm.nn.mlp import MLP
-from starlm.nn.norm import rms
 from starlm.ops import anchors, longest
 from starlm.ops.cross_entropy import cross_entropy
 
@@ -81,15 +81,16 @@ class StarLM(nn.Module):
         reach = first
         if state is not None:
             self._check_state(tokens, state)
+            if embedded is None and (stepped := graph.step(self, tokens, first, state)) is not None:
+                return stepped
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
         origins = self._origins(tokens, reach, state)
-        x = rms(self.embedding(tokens) if embedded is None else embedded)
-        layers = [None] * len(self.blocks) if state is None else state.layers()
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, first=reach, origins=origins, state=layer)
+        x = self.embedding(tokens) if embedded is None else embedded
+        layers = [None] * len(self.blocks) if state is None else state.layers(first)
+        x = through(self.blocks, x, layers, first=reach, origins=origins)
         if state is not None:
             state.advance(tokens.shape[1], first)
-        return rms(x, cast=True)
+        return x
 
     def _origins(
         self, tokens: Tensor, first: Tensor | None, state: DecodeState | None

@@ -1,6 +1,7 @@
 """The decode state: everything that a model remembers of the tokens it has read."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,7 +9,26 @@ from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the buffers of a slot stand, until one is full or emptied, or layers append to them on their own.
+
+    A copy of a slot, which has other buffers, has none.
+    """
+
+    table: Int[np.ndarray, "L S 3 3"]
+    """Of each layer, stream and kind of heads: address, rows less tokens, row 0 as it is counted there."""
+    full: int
+    """Tokens at which a buffer is full."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 class Slot:
@@ -24,6 +44,7 @@ class Slot:
         self.starts: list[tuple[int, int]] = []
         self.layers = [Streams(rollback) for _ in range(num_layers)]
         self.rollback, self.rows_device = rollback, rows_device
+        self.places: Places | None = None
         self.index = None
         if orders:
             from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
@@ -59,8 +80,28 @@ class Slot:
         while self.starts and self.starts[-1][0] >= length:
             self.starts.pop()
         if not length:
+            self.places = None
             for layer in self.layers:
                 layer.clear()
+
+    def reserve(self, mixers: Sequence[Deformer], like: Tensor) -> Places | None:
+        """Room for one more token, of which each of `mixers` writes its rows; see `DecodeState.reserve`."""
+        places, kind = self.places, (like.dtype, like.device)
+        if places is not None and self.length < places.full and (places.dtype, places.device) == kind:
+            return places
+        self.places, table = None, []
+        row_0 = torch.zeros(1, 1, dtype=torch.int64)
+        for mixer, streams in zip(mixers, self.layers, strict=True):
+            layer = LayerState([streams], [self.length])
+            for stream in mixer.streams:
+                found = mixer.reserve(stream, like, row_0, layer)
+                if found is None:
+                    return None
+                table.append(found[..., 0])
+        table = np.stack(table).reshape(len(mixers), -1, 3, 3)
+        table[..., 1] -= self.length
+        self.places = Places(table, min(layer.take() for layer in self.layers), *kind)
+        return self.places
 
     def copy(self, length: int) -> "Slot":
         """An independent copy of the first `length` tokens, which a crop could leave."""
@@ -128,11 +169,35 @@ class DecodeState:
         """Bytes of memory that the slots hold, room to grow included."""
         return sum(slot.num_bytes for slot in self.slots)
 
-    def layers(self) -> list[LayerState]:
-        """For each layer its part of the state, for one call of the model."""
+    def layers(self, first: Int[Tensor, "B T"] | None = None) -> list[LayerState]:
+        """For each layer its part of the state, for one call of the model, which is given this `first`."""
         lengths, place = self.lengths, self.slots[0].rows_device
+        starts = [slot.first for slot in self.slots] if first is None else None
+        for slot in self.slots:
+            slot.places = None
         columns = zip(*(slot.layers for slot in self.slots), strict=True)
-        return [LayerState(streams, lengths, place) for streams in columns]
+        return [LayerState(streams, lengths, place, starts) for streams in columns]
+
+    def reserve(
+        self, mixers: Sequence[Deformer], like: Tensor, starts: Sequence[int]
+    ) -> Int[np.ndarray, "L S 3 3 B"] | None:
+        """Room for one more token in every slot, in all layers at once: what `Deformer.reserve` says of each.
+
+        None if a slot holds rows of another dtype, device or shape.
+
+        Args:
+            mixers: of the model's layers, with equally many streams each.
+            like: in the dtype and on the device of the rows.
+            starts: for each slot the first row that its token may read.
+        """
+        found = [slot.reserve(mixers, like) for slot in self.slots]
+        tables = [places.table for places in found if places is not None]
+        if len(tables) < len(found):
+            return None
+        table = np.stack(tables, axis=-1)
+        table[..., 1, :] += np.array(self.lengths)
+        table[..., 2, :] += np.array(starts)
+        return table
 
     def anchors(self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T N"]:
         """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens."""

@@ -1,6 +1,6 @@
 """One layer of the residual stream."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -32,3 +32,23 @@ class Block(nn.Module):
         step = state is not None and x.shape[1] == 1
         x = x + self.mixer(rms(x, step=step, cast=True), first=first, origins=origins, state=state)
         return x if self.mlp is None else x + self.mlp(rms(x, step=step, cast=True))
+
+
+def through(
+    blocks: Iterable[nn.Module],
+    x: Float[Tensor, "B T D"],
+    layers: Sequence[LayerState | None],
+    *,
+    first: Int[Tensor, "B T"] | None = None,
+    origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
+) -> Float[Tensor, "B T D"]:
+    """The residual stream from embeddings x through all blocks, normalised before and after.
+
+    Args:
+        layers: of a decode state, one for each block, or None.
+        first, origins: as for `Deformer.forward`.
+    """
+    x = rms(x)
+    for block, layer in zip(blocks, layers, strict=True):
+        x = block(x, first=first, origins=origins, state=layer)
+    return rms(x, cast=True)

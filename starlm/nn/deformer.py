@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +14,23 @@ from starlm.errors import InputError
 from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 from starlm.nn.linear import init_matrix, linear
 from starlm.nn.norm import rms
-from starlm.nn.state import LayerState
+from starlm.nn.state import LayerState, Reserved
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
+from starlm.ops.deform import HAS_TRITON
 from starlm.ops.mix import mix, mixes
 from starlm.ops.plain import is_plain
 from starlm.ops.reference import rows_read
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
 BOX_SCALE = 16
+
+
+def step_kernel(device: torch.device) -> Any:
+    """The module whose `step` runs one step of decoding in one call per layer; None if there is none."""
+    if device.type == "cpu":
+        return import_module("starlm.ops.cpu_step")  # numba takes half a second to import
+    return import_module("starlm.ops.triton_step") if device.type == "cuda" and HAS_TRITON else None
 
 
 class Reads(NamedTuple):
@@ -150,6 +159,11 @@ class Deformer(nn.Module):
             start, end = math.log(2), math.log(max(self.window, 2))
             windows.copy_(2 * (start + (end - start) * share))
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of what a decode state keeps rows of, each for every span of heads."""
+        return ("query", "key") if self.preset == "product" else ("value",)
+
     def shift_parameters(self) -> list[nn.Parameter]:
         """The shift projections: a parameter group of their own."""
         return [p for name, p in self.named_parameters() if "shift" in name]
@@ -174,7 +188,8 @@ class Deformer(nn.Module):
         Raises:
             InputError: the layer has anchored heads and `origins` lacks one of their n.
         """
-        self._check_origins(origins)
+        if not isinstance(state, Reserved):
+            self._check_origins(origins)
         where = first, origins or {}, state
         if self.preset == "product":
             q = self._read("query", self.query(x), self.query_shift(x), None, *where)
@@ -253,31 +268,64 @@ class Deformer(nn.Module):
 
     def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B 1 D"] | None:
         """`_read` of one new token of each slot in one call; None where that cannot be."""
-        here = values.device.type == "cpu" and state.rows_device in (None, values.device)
-        one_each = values.shape[1] == 1 and len(values) == len(state.slots)
-        if not (here and one_each) or is_plain() or torch.compiler.is_compiling():
-            return None
-        from starlm.ops import cpu_step  # numba takes half a second to import
+        if isinstance(state, Reserved):
+            from starlm.ops import triton_step
 
+            place = state.streams[self.streams.index(stream)]
+            return triton_step.step(values, shift, gate, state.origin, place, **self._step_layout)
+        one_each = values.shape[1] == 1 and len(values) == len(state.slots)
+        if not one_each or state.rows_device not in (None, values.device):
+            return None
+        if is_plain() or torch.compiler.is_compiling() or (kernel := step_kernel(values.device)) is None:
+            return None
         inputs = [x for x in (values, shift, gate) if x is not None]
-        if values.dtype not in cpu_step.DTYPES or any(x.dtype != values.dtype for x in inputs):
+        if values.dtype not in kernel.DTYPES or any(x.dtype != values.dtype for x in inputs):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return None
-        streams = np.zeros((3, 3, len(values)), np.int64)
-        # In the order of the kernel's kinds.
+        if (places := self.reserve(stream, values, first, state)) is None:
+            return None
+        if values.device.type == "cpu":
+            rows = [origins[n] for n in self.orders]
+            return kernel.step(values, shift, gate, rows, places, **self._step_layout)
+        origin = self._origin(origins)
+        places = torch.from_numpy(places).to(values.device, non_blocking=True)
+        return kernel.step(
+            values, shift, gate, None if origin is None else origin[:, 0], places, **self._step_layout
+        )
+
+    @property
+    def _step_layout(self) -> dict[str, Any]:
+        return {**self._counts, "heads": self.heads, "max_shift": self.max_shift}
+
+    def reserve(
+        self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState
+    ) -> Int[np.ndarray, "3 3 B"] | None:
+        """Room for one more row of a stream in every slot: what the kernels of a step need to know of them.
+
+        The rows are for the kernel to write. None if a slot holds rows of another dtype, device or shape.
+
+        Args:
+            stream: one of `streams`.
+            like: in the dtype and on the device of the rows.
+            first: as for `forward`.
+
+        Returns:
+            For `now`, anchored and box heads, and each slot: the address of its buffer, the rows that it has,
+            and the first that may be read.
+        """
+        places = np.zeros((3, 3, len(state.slots)), np.int64)
+        # In the order of the kernels' kinds.
         for kind, name in enumerate(("now", "anchored", "box")):
             if name in self.spans:
                 keep, sums = None if name == "anchored" else self.max_shift, name == "box"
-                span, dtype = self.spans[name], torch.float64 if sums else values.dtype
-                like = values.new_empty(0, span.stop - span.start, self.dim // self.heads, dtype=dtype)
-                places = state.reserve(f"{stream}.{name}", keep, like, first, sums=sums)
-                if places is None:
+                span, dtype = self.spans[name], torch.float64 if sums else like.dtype
+                row = like.new_empty(0, span.stop - span.start, self.dim // self.heads, dtype=dtype)
+                found = state.reserve(f"{stream}.{name}", keep, row, first, sums=sums)
+                if found is None:
                     return None
-                streams[kind] = places
-        rows = [origins[n] for n in self.orders]
-        layout = {**self._counts, "heads": self.heads, "max_shift": self.max_shift}
-        return cpu_step.step(values, shift, gate, rows, streams, **layout)
+                places[kind] = found
+        return places
 
     @torch.no_grad()
     def reads(

@@ -27,6 +27,16 @@ class Streams:
             rows = self.rows[name] = Rows(None if keep is None else keep + self.rollback)
         return rows
 
+    def take(self) -> int:
+        """Count all memory as rows, so that tokens may be written unasked; the length at which it is full."""
+        lengths = []
+        for rows in self.rows.values():
+            assert rows.data is not None
+            rows.size = len(rows.data)
+            lengths.append(rows.base + rows.size)
+        # Sums are kept one row ahead.
+        return min(lengths) - 1
+
     @property
     def oldest(self) -> int:
         """The fewest tokens above 0 that a crop can leave: what bounded streams still have the rows for."""
@@ -61,14 +71,19 @@ class LayerState:
     """
 
     def __init__(
-        self, slots: Sequence[Streams], lengths: Sequence[int], rows_device: torch.device | None = None
+        self,
+        slots: Sequence[Streams],
+        lengths: Sequence[int],
+        rows_device: torch.device | None = None,
+        starts: Sequence[int] | None = None,
     ) -> None:
         """Args:
         slots: of this layer, one per sequence.
         lengths: tokens that each slot has before the call.
         rows_device: where rows that are read by an origin are kept; None for the model's device.
+        starts: `first` of every slot, where it is known without asking the model's device.
         """
-        self.slots, self.lengths, self.rows_device = slots, lengths, rows_device
+        self.slots, self.lengths, self.rows_device, self.starts = slots, lengths, rows_device, starts
 
     def append(
         self, stream: str, rows: Float[Tensor, "B T H C"], keep: int | None
@@ -178,8 +193,25 @@ class LayerState:
                 return None
             addresses.append(address)
             bases.append(rows.base)
-        starts = np.zeros(len(bases), np.int64) if first is None else first[:, 0].numpy() - np.array(bases)
-        return np.array([addresses, pasts, starts])
+        starts = self.starts
+        if starts is None:
+            starts = [0] * len(bases) if first is None else first[:, 0].cpu().numpy()
+        return np.array([addresses, pasts, starts - np.array(bases)])
+
+
+class Reserved(LayerState):
+    """A layer's part of a step of decoding that `Deformer.reserve` has made room for: all that kernels need.
+
+    Only Deformers know what to do with it.
+    """
+
+    def __init__(self, streams: Int[Tensor, "S 3 3 B"], origin: Int[Tensor, "B A"] | None) -> None:
+        """Args:
+        streams: of each of the layer's streams what `Deformer.reserve` says, on the model's device.
+        origin: the row that shift 0 of each anchored head reads; -1 for none.
+        """
+        super().__init__([], [])
+        self.streams, self.origin = streams, origin
 
 
 def _sums(keep: int | None) -> int | None:

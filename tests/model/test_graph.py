@@ -1,0 +1,294 @@
+"""A step of decoding as a graph equals the full forward, whatever happens to states and weights meanwhile.
+
+On a CPU all but the graph itself: the function that it would be captured from, with the CPU's kernel in place
+of the GPU's, which test_triton_step.py tests.
+"""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import BOUNDED, KINDS, make_model, make_tokens
+from relations import assert_close
+
+from starlm.errors import InputError
+from starlm.model import graph
+from starlm.model.state import DecodeState
+from starlm.ops import cpu_step, plain, triton_step
+from starlm.ops.plain import is_plain
+
+STEPPED = [kind for kind, options in (KINDS | BOUNDED).items() if set(options.get("layers", "D")) == {"D"}]
+
+
+def by_cpu(values, shift, gate, origin, streams, **layout):
+    rows = [] if origin is None else [row[:, None] for row in origin.unbind(1)]
+    return cpu_step.step(values, shift, gate, rows, streams.numpy(), **layout)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        asked = lambda weight, tokens, state: tokens.shape[1] == 1 and not is_plain()  # noqa: E731
+        monkeypatch.setattr(graph, "_asked_for", asked)
+        monkeypatch.setattr(triton_step, "step", by_cpu)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def model_on(device, kind="star", dtype=torch.float32, **options):
+    return make_model(kind, dtype=dtype, **options).to(device)
+
+
+def tokens_on(device, *shape):
+    return make_tokens(*shape).to(device)
+
+
+def full(model, tokens):
+    """Logits by the definition."""
+    with plain():
+        return model(tokens)
+
+
+def check(model, state, text, count, tolerance=1e-4):
+    """Append `count` more tokens one by one, in graphs, to slots that hold `text`; all the tokens."""
+    new = tokens_on(text[0].device, len(text), count)
+    before = steps_of(model)
+    got = torch.cat([model(new[:, t : t + 1], state=state) for t in range(count)], dim=1)
+    assert steps_of(model) >= max(before, 1), "no graph was used"
+    text = [torch.cat(pair) for pair in zip(text, new, strict=True)]
+    for row, ids in zip(got, text, strict=True):
+        assert_close(row, full(model, ids[None])[0, -count:], tolerance)
+    assert state.lengths == [len(ids) for ids in text]
+    return text
+
+
+def steps_of(model):
+    """How many graphs there are of it."""
+    return len(graph.graphs_of(model))
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_token_by_token_equals_the_full_forward(device, kind):
+    """From nothing, over several doublings of the buffers."""
+    model = model_on(device, kind)
+    check(model, model.new_state(), [tokens_on(device, 0)], 300 if device == "cuda" else 140)
+
+
+@pytest.mark.parametrize("kind", ["star", "star product", "star, bounded", "star, longest match"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_slots_at_different_positions(device, kind, mode):
+    """Cropped, forked, emptied, in other company, and read by the ordinary path between steps."""
+    model = model_on(device, kind)
+    with mode():
+        states, text = [], []
+        for length in (0, 70, 9):
+            state, ids = model.new_state(rollback=8), tokens_on(device, length)
+            if length:
+                model(ids[None], state=state)
+            states.append(state)
+            text.append(ids)
+        state = DecodeState.join(states)
+        text = check(model, state, text, 6)
+        state.crop([5, 70, 12])
+        text = check(model, state, [text[0][:5], text[1][:70], text[2][:12]], 3)
+        fork = state.fork(lengths=[8, 72, 0])
+        check(model, fork, [text[0], text[1][:72], text[2][:0]], 4)
+        text = check(model, state, text, 2)
+        state.crop([0, 74, 16])
+        text = check(model, state, [text[0][:0], text[1][:74], text[2][:16]], 3)
+        two = check(model, state.pick([2, 0]), [text[2], text[0]], 5)
+        text = [two[1], text[1], two[0]]
+        other = state.reorder([1, 1])
+        check(model, other, [text[1], text[1]], 3)
+        more = tokens_on(device, 3, 20)
+        model(more, state=state)
+        text = [torch.cat(pair) for pair in zip(text, more, strict=True)]
+        text = check(model, state, text, 4)
+        copied = copy.deepcopy(state)
+        check(model, copied, text, 3)
+        check(model, state, text, 150 if device == "cuda" else 20)
+
+
+@pytest.mark.parametrize("kind", ["gated, bounded", "star, bounded", "product, bounded"])
+def test_rows_that_move_to_the_front(device, kind):
+    model = model_on(device, kind, depth=1)
+    prompt = tokens_on(device, 1, 1000)
+    state = model.new_state(rollback=2)
+    model(prompt, state=state)
+    check(model, state, list(prompt), 60)
+    rows = [rows for layer in state.slots[0].layers for rows in layer.rows.values() if rows.keep is not None]
+    assert any(rows.base for rows in rows)
+
+
+@pytest.mark.parametrize("kind", ["gated", "star", "star product"])
+def test_packed_and_padded_slots(device, kind):
+    model = model_on(device, kind)
+    pads, prompt, more = (0, 3, 7), tokens_on(device, 3, 20), tokens_on(device, 3, 12)
+    first = torch.tensor(pads, device=device)[:, None]
+    state = model.new_state(3)
+    model(prompt, state=state, first=first.expand(3, 20))
+    got = [model(more[:, t : t + 1], state=state) for t in range(6)]
+    # As transformers says it, with each token.
+    got += [model(more[:, t : t + 1], state=state, first=first) for t in range(6, 9)]
+    # Now slot 1 begins a document.
+    start = first.clone()
+    start[1] = 29
+    got += [model(more[:, 9:10], state=state, first=start)]
+    got += [model(more[:, t : t + 1], state=state) for t in range(10, 12)]
+    assert steps_of(model) == 1
+    got = torch.cat(got, dim=1)
+    for slot, pad in enumerate(pads):
+        text = torch.cat([prompt[slot, pad:], more[slot]])
+        assert_close(got[slot, :9], full(model, text[None])[0, -12:-3], 1e-4)
+        text = more[slot, 9:] if slot == 1 else text
+        assert_close(got[slot, 9:], full(model, text[None])[0, -3:], 1e-4)
+    state.crop(29)
+    assert [slot.first for slot in state.slots] == list(pads)
+
+
+def test_weights_that_change(device):
+    """In place the graph goes on; elsewhere, or in another dtype, it is made anew."""
+    model, other = model_on(device), model_on(device)
+    prompt = tokens_on(device, 1, 5)
+    for parameter in other.parameters():
+        parameter.neg_()
+
+    def decode(tolerance=1e-4):
+        state = model.new_state()
+        model(prompt, state=state)
+        check(model, state, list(prompt), 3, tolerance)
+        return graph._GRAPHS[model].steps[1]
+
+    step = decode()
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    assert decode() is step
+    model.load_state_dict(other.state_dict())
+    assert decode() is step
+    model.load_state_dict({name: x.clone() for name, x in other.state_dict().items()}, assign=True)
+    assert (changed := decode()) is not step
+    model.head.weight = torch.nn.Parameter(model.head.weight * 2)
+    assert decode() is changed, "the head is not part of it"
+    up = model.blocks[0].mlp.up
+    up.weight = torch.nn.Parameter(up.weight * 2)
+    assert (last := decode()) is not changed
+    model.bfloat16()
+    assert decode(0.1) is not last
+    model.float()
+    decode()
+
+
+def test_a_state_of_another_dtype_goes_the_ordinary_way(device):
+    model = model_on(device)
+    state = model.new_state()
+    prompt = tokens_on(device, 1, 5)
+    model(prompt, state=state)
+    model.bfloat16()
+    before = steps_of(model)
+    try:
+        model(prompt[:, :1], state=state)
+    except (RuntimeError, InputError):
+        assert state.lengths == [5]
+    assert steps_of(model) == before
+
+
+def test_where_there_is_no_graph(device):
+    tokens = tokens_on(device, 2, 1)
+    for kind in ("mixed", "window", "star mixed"):
+        model = model_on(device, kind)
+        model(tokens, state=model.new_state(2))
+        assert not steps_of(model)
+    model = model_on(device)
+    with plain():
+        model(tokens, state=model.new_state(2))
+    model(tokens)
+    model(tokens_on(device, 2, 2), state=model.new_state(2))
+    handle = model.blocks[1].register_forward_hook(lambda *args: None)
+    model(tokens, state=model.new_state(2))
+    handle.remove()
+    if device == "cuda":
+        with torch.autocast("cuda", torch.bfloat16):
+            model(tokens, state=model.new_state(2))
+        with torch.enable_grad():
+            assert model(tokens, state=model.new_state(2)).requires_grad
+        model(tokens, state=model.new_state(2, rows_device="cpu"))
+    wide = model_on(device, dtype=torch.float64)
+    wide(tokens, state=wide.new_state(2))
+    assert not steps_of(model)
+    assert not steps_of(wide)
+    model(tokens, state=model.new_state(2))
+    assert steps_of(model) == 1
+
+
+def test_graphs_belong_to_one_model(device):
+    model = model_on(device)
+    names = list(model.state_dict())
+    check(model, model.new_state(2), list(tokens_on(device, 2, 0)), 2)
+    other = copy.deepcopy(model)
+    assert not steps_of(other)
+    assert list(model.state_dict()) == names
+    for parameter in other.parameters():
+        parameter.neg_()
+    check(other, other.new_state(2), list(tokens_on(device, 2, 0)), 2)
+    check(model, model.new_state(2), list(tokens_on(device, 2, 0)), 2)
+
+
+def test_the_number_of_graphs_is_bounded(device, monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 2)
+    model = model_on(device, "gated")
+    for batch in (1, 2, 1, 3, 1):
+        check(model, model.new_state(batch), list(tokens_on(device, batch, 0)), 2)
+        assert steps_of(model) <= 2
+    # 2 was unused for longest.
+    assert graph.graphs_of(model) == [3, 1]
+
+
+def test_results_are_not_overwritten(device):
+    model, tokens = model_on(device), tokens_on(device, 1, 3)
+    state = model.new_state()
+    hidden = [model.hidden(tokens[:, t : t + 1], state=state) for t in range(3)]
+    assert_close(torch.cat(hidden, dim=1), model.hidden(tokens), 1e-4)
+
+
+def test_a_step_that_fails_leaves_the_state_as_it_was(device, monkeypatch):
+    model, tokens = model_on(device), tokens_on(device, 2, 30)
+    state = model.new_state(2)
+    model(tokens[:, :20], state=state)
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "through", lambda *args, **named: 1 / 0)
+        patch.setattr(graph, "capture", lambda run, device: run)
+        with pytest.raises(ZeroDivisionError):
+            model(tokens[:, 3:4], state=state)
+    graph._GRAPHS.pop(model)
+    check(model, state, list(tokens[:, :20]), 3)
+
+
+def test_places_are_found_anew_only_where_they_changed(device):
+    model = model_on(device, "star")
+    state = model.new_state()
+    check(model, state, [tokens_on(device, 0)], 1)
+    slot = state.slots[0]
+    places, changes = slot.places, []
+    for _ in range(300):
+        model(tokens_on(device, 1, 1), state=state)
+        if slot.places is not places:
+            places = slot.places
+            changes.append(state.lengths[0])
+    assert len(changes) < 8
+
+
+@pytest.mark.gpu
+def test_a_dropped_model_takes_its_graphs_along():
+    model = model_on("cuda")
+    check(model, model.new_state(), [tokens_on("cuda", 0)], 2)
+    watched = weakref.ref(graph._GRAPHS[model])
+    del model
+    gc.collect()
+    assert watched() is None
