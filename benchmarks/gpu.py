@@ -114,7 +114,7 @@ def bench(device: str, fla: bool) -> int:
         print("not measured: " + ", ".join(str(value) for value in entry.values()))
     path = RESULTS / f"gpu-{slug(machine['GPU'])}.json"
     result = {
-        "command": "python -m benchmarks.gpu bench",
+        "command": "python -m benchmarks.gpu bench" + ("" if fla else " --no-fla"),
         "machine": machine,
         "dtype": "bfloat16",
         "cells": [asdict(cell) for cell in cells],

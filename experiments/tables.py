@@ -23,12 +23,14 @@ Rows = list[dict[str, Any]]
 
 
 def read(kind: str) -> Rows:
-    """All results of one kind; another rate of the shifts than the default makes another variant."""
+    """All results of one kind; another rate of the shifts, or precision, than usual is another variant."""
     rows = [json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))]
     default = OptimConfig().shift_lr
     for row in rows:
         if (rate := row.get("shift_lr", default)) != default:
             row["variant"] += f", shift rate {rate:g}"
+        if (precision := row.get("precision", "float32")) != "float32":
+            row["variant"] += f", {precision}"
     return rows
 
 

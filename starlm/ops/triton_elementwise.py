@@ -103,6 +103,8 @@ def _softmax_loss(
             column = begin + tl.arange(0, BLOCK)
             inside = column < WIDTH
             x = _capped(tl.load(logits + column, mask=inside, other=0.0), softcap, CAPPED)
+            # Not the threads that load an element need be those that store it.
+            tl.debug_barrier()
             grad = tl.exp(x - top) / total - tl.where(column == target, 1.0, 0.0)
             if CAPPED:
                 grad *= 1.0 - (x / softcap) * (x / softcap)

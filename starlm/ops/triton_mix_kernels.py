@@ -60,7 +60,8 @@ def _row(source, scale, row, source_row, scale_row, KIND: tl.constexpr):
 def _read(source, scale, reach, near, far, fraction, last, source_row, scale_row, KIND: tl.constexpr):
     """What is read, and its derivative with respect to `reach`."""
     v = _row(source, scale, near, source_row, scale_row, KIND)
-    edge = _row(source, scale, far, source_row, scale_row, KIND) - v
+    # Where both are one row, a fused multiply-add would leave what rounding v had cut off.
+    edge = tl.where(far == near, 0.0, _row(source, scale, far, source_row, scale_row, KIND) - v)
     read = v + fraction * edge
     if KIND == BOX:
         size = tl.sqrt(tl.minimum(reach, BOX_SCALE))
@@ -302,6 +303,7 @@ def _scan(totals, blocks, width, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
         inside = (block < blocks) & (column < width)
         place = totals + block.to(tl.int64) * width
         x = tl.load(place, mask=inside, other=0.0)
+        tl.debug_barrier()
         tl.store(place, before + tl.cumsum(x, axis=0), mask=inside)
         before += tl.sum(x, axis=0, keep_dims=True)
 
@@ -361,6 +363,8 @@ def _finish(
     place = dread + (batch * length + time) * (heads * CHANNELS) + column
     d = tl.load(place, mask=inside, other=0.0)
     if CLEAR:
+        # Not the threads that load an element need be those that store it.
+        tl.debug_barrier()
         tl.store(place, tl.zeros_like(d), mask=inside)
     if SUMS:
         # A row is part of every sum behind it.

@@ -262,6 +262,8 @@ def test_compiled_steps():
 
 
 @pytest.mark.gpu
+# Of PyTorch, where a thread of autograd begins with a product.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("verb", "options"), [(layer, LAYER), (step, STEPS), (decode, DECODE)], ids=["layer", "train", "decode"]

@@ -1,6 +1,7 @@
 """The kernels of relu² and of the loss: by the interpreter, compiled for GPUs, and when they are taken."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_code_for_gpus(build, kernel, dtype):
     assert stages["cubin"]
     # Rows lie beyond 2^31 elements: no product of two sizes in 32 bits.
     assert narrow_products(stages["ttir"]) == 0
+
+
+def test_no_logit_is_overwritten_before_all_threads_have_read_it(build):
+    name, constants = KERNELS["gradient"]
+    steps = re.findall(r"tt\.load|tt\.store|barrier", build(name, NVIDIA, "bf16", constants)["ttgir"])
+    assert steps[-3:] == ["tt.load", "barrier", "tt.store"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -118,6 +118,14 @@ def test_tiles_for_gpus(build, kernel, channels):
     assert set(loads) <= set(orders)
 
 
+@pytest.mark.parametrize("kernel", ["scan", "finish"])
+def test_nothing_is_overwritten_before_all_threads_have_read_it(build, kernel):
+    """Its loads and stores may be spread over the threads in two ways: on a GPU some gradients were 0."""
+    name, constants = TILES[kernel]
+    steps = re.findall(r"tt\.load|tt\.store|barrier", build(name, NVIDIA, **constants)["ttgir"])
+    assert steps[:3] == ["tt.load", "barrier", "tt.store"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [*LANES, *TILES])
 @pytest.mark.parametrize(
