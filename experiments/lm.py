@@ -7,10 +7,6 @@ Runs that have a result are skipped, a run that was cut off goes on from its las
 
 import argparse
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +22,6 @@ from starlm.errors import StarLMError
 from starlm.files import write_whole
 from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
-from starlm.model.model import StarLM
 from starlm.report.metrics import read_run
 from starlm.train.config import OptimConfig, TrainConfig
 from starlm.train.loop import train
@@ -34,7 +29,6 @@ from starlm.train.loop import train
 RESULTS = Path(__file__).parent / "results" / "lm"
 WORK = Path("runs/experiments")
 BATCH = 4096
-BUILDING = threading.Lock()
 # Whole files, so that the tokens that are measured come from all of the corpus: how much of it is held out.
 HELD_OUT = {"packages": 0.01}
 
@@ -79,14 +73,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         if record["kind"] == "validation":
             print(f"{key}: step {record['step']} loss {record['loss']:.4f}", flush=True)
 
-    make = builder(name)
-
-    def build(config: StarLMConfig) -> StarLM:
-        # The generator is the process's, which runs may share.
-        with BUILDING:
-            torch.manual_seed(seed)
-            return make(config)
-
+    build = builder(name)
     end = train(config, on_record=note, build=build)
     model = build(config.model).to(pick_device(args.device)).eval()
     load_weights(model, Path(end["checkpoint"]))
@@ -161,29 +148,16 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=65536, help="of the validation split")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on its own CUDA stream")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--corpus", default="embedded", help="embedded, packages, or a name of your own")
     parser.add_argument("--corpus-path", help="text file or folder of your own corpus")
     args = parser.parse_args()
-
-    def one(job: tuple[int, float, str]) -> None:
-        seed, rate, name = job
-        on_gpu = pick_device(args.device).type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
-            run(name, args, seed, rate)
-
     try:
-        jobs = [*product(args.seeds, args.rates, args.variants)]
-        if args.parallel == 1:
-            # On the main thread, which alone hears that it should stop.
-            for job in jobs:
-                one(job)
-        else:
-            with ThreadPoolExecutor(args.parallel) as pool:
-                for done in [pool.submit(one, job) for job in jobs]:
-                    done.result()
+        for seed in args.seeds:
+            for rate in args.rates:
+                for name in args.variants:
+                    run(name, args, seed, rate)
     except StarLMError as error:
         raise SystemExit(str(error)) from None
 

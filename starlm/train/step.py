@@ -62,7 +62,7 @@ class Step:
         gradient, before clipping.
 
         Raises:
-            StarLMError: a part of the model cannot be recorded.
+            StarLMError: a part of the model cannot be recorded, or another thread used the GPU meanwhile.
         """
         arrays = (batch.inputs, batch.targets, batch.first)
         tensors = [torch.from_numpy(array) for array in arrays]
@@ -103,14 +103,13 @@ class Step:
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                # Other threads may go on with work of their own.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph):
                     self._results = self._run(self._inputs)
             except RuntimeError as error:
                 line, *_ = str(error).split("\n")
                 raise StarLMError(
                     f"This training step cannot be recorded as a CUDA graph ({line}). "
-                    f"Train with cuda_graph=false."
+                    f"Train with --no-cuda-graph (cuda_graph=False)."
                 ) from error
             self._graph = graph
         self._graph.replay()

@@ -100,5 +100,5 @@ def test_what_cannot_be_recorded_is_named(model):
     *warm, batch = list(batches())[: WARMUP + 1]
     for each in warm:
         step(each)
-    with pytest.raises(StarLMError, match="cuda_graph=false"):
+    with pytest.raises(StarLMError, match="--no-cuda-graph"):
         step(batch)
