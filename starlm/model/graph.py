@@ -15,13 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.model.state import DecodeState
-from starlm.nn.block import through
+from starlm.nn.block import Block, through
 from starlm.nn.deformer import Deformer, step_kernel
+from starlm.nn.mlp import MLP
 from starlm.nn.state import Reserved
 from starlm.ops.plain import is_plain
 
 # Graphs kept of a model, one for each number of slots; the one unused for longest goes.
 MOST = 32
+# Of what a model must be made; and blocks, also those of transformers.
+MODULES = {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP}
 
 Run = Callable[[], Tensor]
 
@@ -35,7 +38,7 @@ def step(
     """`StarLM.hidden` of one token of each slot; None where that cannot be, and the state is as it was.
 
     It can on a GPU, without gradients and autocast, if all layers are Deformers in one dtype that their
-    kernels have, without hooks, and the slots hold rows of that dtype.
+    kernels have, without hooks and adapters, and the slots hold rows of that dtype.
 
     Args:
         model: a `StarLM`, or what has its modules and methods.
@@ -79,6 +82,9 @@ def fingerprint(model: Any) -> tuple[Any, ...] | None:
     modules = [model.embedding, model.blocks]
     # Once per token: `Module.modules` and `parameters` would take several times as long.
     for module in modules:
+        # Of other modules, adapters say, not all that matters is in their weights.
+        if type(module) not in MODULES and not isinstance(module, Block):
+            return None
         # Whoever hooks into a module, or gives it another `forward`, wants to be called.
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
@@ -220,10 +226,11 @@ def capture(run: Run, device: torch.device) -> Run:
     """`run` as a graph, which gives its result in the same memory each time; on a CPU `run` itself."""
     if device.type == "cpu":
         return run
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream())
     # What a graph computes must not be bound to the mode in which the first call came.
-    with torch.inference_mode(False), torch.no_grad():
+    with _RECORDING, torch.inference_mode(False), torch.no_grad():
+        # One for all: each stream that products run on has tens of MiB of cuBLAS to itself.
+        side = _STREAMS.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 run()
@@ -246,5 +253,6 @@ def graphs_of(model: nn.Module) -> list[int]:
     return [] if graphs is None else list(graphs.steps)
 
 
-_LOCK = threading.Lock()
+_LOCK, _RECORDING = threading.Lock(), threading.Lock()
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 _GRAPHS: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()

@@ -24,8 +24,8 @@ class Places:
     """Of each layer, stream and kind of heads: address, rows less tokens, row 0 as it is counted there."""
     full: int
     """Tokens at which a buffer is full."""
-    dtype: torch.dtype
-    device: torch.device
+    layout: tuple
+    """What the rows are like: see `DecodeState.reserve`."""
 
     def __reduce__(self):
         return type(None), ()
@@ -84,10 +84,10 @@ class Slot:
             for layer in self.layers:
                 layer.clear()
 
-    def reserve(self, mixers: Sequence[Deformer], like: Tensor) -> Places | None:
+    def reserve(self, mixers: Sequence[Deformer], like: Tensor, layout: tuple) -> Places | None:
         """Room for one more token, of which each of `mixers` writes its rows; see `DecodeState.reserve`."""
-        places, kind = self.places, (like.dtype, like.device)
-        if places is not None and self.length < places.full and (places.dtype, places.device) == kind:
+        places = self.places
+        if places is not None and self.length < places.full and places.layout == layout:
             return places
         self.places, table = None, []
         row_0 = torch.zeros(1, 1, dtype=torch.int64)
@@ -100,7 +100,7 @@ class Slot:
                 table.append(found[..., 0])
         table = np.stack(table).reshape(len(mixers), -1, 3, 3)
         table[..., 1] -= self.length
-        self.places = Places(table, min(layer.take() for layer in self.layers), *kind)
+        self.places = Places(table, min(layer.take() for layer in self.layers), layout)
         return self.places
 
     def copy(self, length: int) -> "Slot":
@@ -190,7 +190,8 @@ class DecodeState:
             like: in the dtype and on the device of the rows.
             starts: for each slot the first row that its token may read.
         """
-        found = [slot.reserve(mixers, like) for slot in self.slots]
+        layout = like.dtype, like.device, *((m.dim, m.kinds, m.streams, m.max_shift) for m in mixers)
+        found = [slot.reserve(mixers, like, layout) for slot in self.slots]
         tables = [places.table for places in found if places is not None]
         if len(tables) < len(found):
             return None

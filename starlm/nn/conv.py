@@ -46,7 +46,9 @@ class ShortConv(nn.Module):
             rows = state.recent("conv", rows[:, :, None], back)[:, :, 0]
         taps, reach = self.taps.to(rows.dtype), None
         if first is not None:
-            past = torch.tensor([0] if state is None else state.lengths, device=x.device)
+            past = torch.zeros(1, dtype=torch.long, device=x.device)
+            if state is not None:
+                past = torch.tensor(state.lengths, device=x.device)
             own = past[:, None] + torch.arange(length, device=x.device)
             reach = (own - first).clamp(min=0)[..., None]
         y = 0

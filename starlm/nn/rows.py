@@ -49,23 +49,23 @@ class Rows:
         return data.data_ptr() if data.shape[1:] == like.shape[-2:] else None
 
     def _grow(self, count: int, length: int, like: Tensor) -> None:
-        old, was = self.data, self.base
+        old, base = self.data, self.base
         capacity = 0 if old is None else old.shape[0]
         smallest = SPARE if self.keep is None else SMALL
-        capacity = max(2 * capacity, length - was + count, smallest)
+        capacity = max(2 * capacity, length - base + count, smallest)
         if self.keep is not None and capacity >= (full := self.keep + max(self.keep, count, SPARE)):
-            self.base = max(was, length - self.keep)
+            base = max(base, length - self.keep)
             # A buffer that one long call had stretched shrinks again here.
             capacity = full
         if old is None:
             self.data = _empty(capacity, like)
         else:
-            kept = old[self.base - was : length - was]
-            if capacity == old.shape[0]:
-                old[: len(kept)] = kept.clone()
-                return
-            self.data = _empty(capacity, like)
-            self.data[: len(kept)] = kept
+            kept = old[base - self.base : length - self.base]
+            # All that may run out of memory comes first: who tries again must find the rows as they were.
+            new, kept = (old, kept.clone()) if capacity == old.shape[0] else (_empty(capacity, like), kept)
+            new[: len(kept)] = kept
+            self.data = new
+        self.base = base
 
     def row(self, number: int) -> Float[Tensor, "H C"]:
         """Absolute row `number`."""

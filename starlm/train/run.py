@@ -32,7 +32,7 @@ from starlm.train.optim import Optimizers
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
 FREE = {
     "out", "data", "steps", "tokens", "tokens_per_param", "eval_every", "eval_tokens", "sample_every",
-    "sample_prompts", "save_every", "keep", "workers",
+    "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
 }  # fmt: skip
 
 

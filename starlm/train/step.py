@@ -54,6 +54,7 @@ class Step:
         self._loss = loss
         self._warmup = WARMUP if graph and self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._inputs: list[Tensor] = []
         self._results = torch.empty(0)
 
@@ -63,13 +64,15 @@ class Step:
 
         Raises:
             StarLMError: a part of the model cannot be recorded, or another thread used the GPU meanwhile.
+            torch.OutOfMemoryError: the batch does not fit; give more `parts`.
         """
         arrays = (batch.inputs, batch.targets, batch.first)
         tensors = [torch.from_numpy(array) for array in arrays]
         if self._warmup is None:
             results = self._run([tensor.to(self.device) for tensor in tensors])
         else:
-            results = self._replay(tensors)
+            with torch.cuda.device(self.device):
+                results = self._replay(tensors)
         loss, norm = results.tolist()
         return loss, norm
 
@@ -94,18 +97,22 @@ class Step:
         if self._warmup:
             self._warmup -= 1
             # What is recorded runs on a stream of its own, and so must all that it finds ready.
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 results = self._run(self._inputs)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             return results
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=self._stream):
                     self._results = self._run(self._inputs)
             except RuntimeError as error:
+                # Leaving the recording fails too, and says less.
+                for cause in (error, error.__context__):
+                    if isinstance(cause, torch.OutOfMemoryError):
+                        raise cause from None
                 line, *_ = str(error).split("\n")
                 raise StarLMError(
                     f"This training step cannot be recorded as a CUDA graph ({line}). "

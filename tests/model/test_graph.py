@@ -292,3 +292,26 @@ def test_a_dropped_model_takes_its_graphs_along():
     del model
     gc.collect()
     assert watched() is None
+
+
+def test_no_graph_of_what_is_more_than_its_weights(device):
+    """Adapters, for one: whether they act is no matter of weights."""
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = model_on(device)
+    assert graph.fingerprint(model) is not None
+    out = model.blocks[0].mixer.out
+    model.blocks[0].mixer.out = Adapted(out.in_features, out.out_features, bias=False).to(device)
+    assert graph.fingerprint(model) is None
+
+
+def test_a_state_of_another_model_is_refused(device):
+    one, wider = model_on(device, dim=64, heads=4), model_on(device, dim=128, heads=4)
+    state = one.new_state()
+    one(tokens_on(device, 1, 1), state=state)
+    mixers = [block.mixer for block in wider.blocks]
+    assert len(mixers) == len(one.blocks)
+    assert state.reserve([block.mixer for block in one.blocks], one.embedding.weight, [0]) is not None
+    assert state.reserve(mixers, wider.embedding.weight, [0]) is None

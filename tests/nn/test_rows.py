@@ -96,3 +96,23 @@ def test_rows_begun_under_inference_mode_go_on_without():
     with torch.no_grad():
         rows.append(new_rows(3), 3)
     assert not rows.data.is_inference()
+
+
+@pytest.mark.parametrize("keep", [None, 50])
+def test_who_is_out_of_memory_may_try_again(keep, monkeypatch):
+    old, new = new_rows(1000), new_rows(3000)
+    rows, empty = Rows(keep), module._empty
+    rows.append(old, 0)
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_empty", fail)
+    with pytest.raises(MemoryError):
+        rows.append(new, 1000)
+    monkeypatch.setattr(module, "_empty", empty)
+    for length, more in ((1000, new[:1]), (1001, new[1:])):
+        found, base = rows.append(more, length), rows.base
+        both = torch.cat([old, new])[: length + len(more)]
+        assert torch.equal(found[-60:], both[base:][-60:])
+        assert len(found) == len(both) - base

@@ -293,7 +293,7 @@ def test_the_benchmark_runs_what_it_times(monkeypatch):
 
     monkeypatch.setattr(gpu, "_time", call_once)
     skipped = []
-    cells = list(gpu._measure((1, 4, 2, 8), "cpu", skipped))
+    cells = list(gpu._measure((1, 4, 2, 8), "cpu", skipped, False))
     assert {cell.peer for cell in cells} >= {gpu.DETERMINISTIC, "FlashAttention, causal (PyTorch)"}
     assert {entry["peer"] for entry in skipped} <= {"flash-linear-attention"}
     assert [cell.share_of_copy for cell in cells if cell.peer == gpu.DETERMINISTIC] == [1.5, 4.0]

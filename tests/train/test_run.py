@@ -163,7 +163,7 @@ def test_a_full_disk_is_named_when_a_record_does_not_fit(parts):
 
 OTHER = {
     "data": Path("elsewhere"), "steps": 9, "eval_every": 9, "eval_tokens": 9, "sample_every": 9,
-    "sample_prompts": ("x",), "save_every": 9, "keep": 9, "workers": 9,
+    "sample_prompts": ("x",), "save_every": 9, "keep": 9, "workers": 9, "cuda_graph": False,
 }  # fmt: skip
 
 

@@ -89,6 +89,25 @@ def test_a_gpu_trains_as_a_cpu(model):
 
 
 @pytest.mark.gpu
+def test_what_does_not_fit_says_so(model):
+    calls = []
+
+    def loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > WARMUP:
+            raise torch.OutOfMemoryError("too large")
+        return model.loss(*args, **kwargs)
+
+    model.cuda()
+    step = Step(model, Optimizers(model, OptimConfig()), loss)
+    *warm, batch = list(batches())[: WARMUP + 1]
+    for each in warm:
+        step(each)
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        step(batch)
+
+
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_is_named(model):
     from starlm.errors import StarLMError
 
