@@ -1,35 +1,17 @@
 """The kernels of relu² and of the loss: by the interpreter, compiled for GPUs, and when they are taken."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_triton import AMD, NVIDIA, OLD_NVIDIA, narrow_products
+from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted, narrow_products
 
 from starlm.ops import elementwise
 from starlm.ops.cross_entropy import cross_entropy
 
-HERE = Path(__file__).parent
-
 
 def test_under_the_interpreter():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            HERE / "interpreted_triton_elementwise.py",
-        ],
-        cwd=HERE.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    interpreted(file="interpreted_triton_elementwise.py")
 
 
 @pytest.fixture

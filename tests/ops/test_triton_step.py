@@ -1,30 +1,13 @@
 """The decode step's kernel: results by the interpreter, apart, and the code compiled for GPUs."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-NVIDIA, OLD_NVIDIA, AMD = ("cuda", 90, 32), ("cuda", 80, 32), ("hip", "gfx942", 64)
+from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted
 
 
 def test_under_the_interpreter():
-    # Triton chooses between interpreter and compiler when it is imported, once for a process.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton_step.py"],
-        cwd=HERE.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE)
-    assert "skipped" not in done.stdout
+    interpreted(file="interpreted_triton_step.py")
 
 
 @pytest.fixture
