@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conv": {"layers": "C"},
     "star-conv": {"preset": "star", "layers": "CDD"},
     "star-W": {"preset": "star", "layers": "DDW", "attention_window": 64},
+    "star-W256": {"preset": "star", "layers": "DDW", "attention_window": 256},
+    "star-DW": {"preset": "star", "layers": "DW", "attention_window": 64},
     "star-A": {"preset": "star", "layers": "DDA"},
     "star-A1": {"preset": "star", "layers": "DDDADD"},
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
