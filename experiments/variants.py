@@ -1,15 +1,26 @@
 """The models that are compared: what differs between them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from experiments.candidates import Star, Taps
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
 from starlm.nn.linear import init_matrix
 from starlm.nn.mlp import MLP
+
+
+def _star(config: StarLMConfig, **options: Any) -> nn.Module:
+    return Star(config.width, config.num_heads, window=config.context // 2, **options)
+
+
+def _taps(config: StarLMConfig, **options: Any) -> nn.Module:
+    return Taps(config.width, config.num_heads, **options)
+
 
 # As settings of `StarLMConfig`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -35,11 +46,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "star-A1": {"preset": "star", "layers": "DDDADD"},
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
 }
+# Variants whose layers of one letter are others than the product has: the settings, the letter, the layer.
+CANDIDATES: dict[str, tuple[str, str, Callable[[StarLMConfig], nn.Module]]] = {
+    "star-keys": ("star", "D", partial(_star, keys="head")),
+    "star-channel-keys": ("star", "D", partial(_star, keys="channel")),
+    "star-fit": ("star", "D", partial(_star, fit=True)),
+    "star-back": ("star", "D", partial(_star, back="now")),
+    "star-chain": ("star", "D", partial(_star, back="chain")),
+    "star-taps": ("star-W", "W", partial(_taps, near=16, reach=64)),
+    "star-taps-anchors": ("star-W", "W", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
+    "star-taps-2": ("star-DW", "W", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
+    "taps": ("star", "D", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
+}
 # A variant and one of these, as in gated+static: what becomes of its predicted shifts.
 SHIFTS = ("random", "frozen", "static")
 # Where that is defined: models with layers of one shift projection, and an MLP to take its parameters.
 NAMES = [
     *VARIANTS,
+    *CANDIDATES,
     *(
         f"{name}+{shifts}"
         for name, of in VARIANTS.items()
@@ -63,7 +87,8 @@ class Static(nn.Module):
 
 def settings(name: str) -> dict[str, Any]:
     """The settings of a variant, with or without a word about its shifts."""
-    return VARIANTS[name.partition("+")[0]]
+    base, *_ = CANDIDATES.get(name, (name.partition("+")[0],))
+    return VARIANTS[base]
 
 
 def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
@@ -77,6 +102,12 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
 
     def build(config: StarLMConfig) -> StarLM:
         model = StarLM(config)
+        if name in CANDIDATES:
+            _, letter, make = CANDIDATES[name]
+            for block, kind in zip(model.blocks, config.layer_kinds, strict=True):
+                if kind == letter:
+                    block.mixer = make(config)
+            return model
         for block in model.blocks:
             layer = block.mixer
             if not shifts or not isinstance(layer, Deformer):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from experiments import needle, packages, reference, synthetic
+from experiments.candidates import Star
 from experiments.measure import by_position_and_recall
 from experiments.mqar import VOCAB, examples
-from experiments.variants import builder, settings
+from experiments.variants import CANDIDATES, builder, settings
 from starlm.data.shards import Split
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -127,3 +128,50 @@ def test_packages_are_found_in_a_folder_of_any_name(tmp_path, monkeypatch):
         (root / name).write_text("x = 1\n" if "test" not in name else "y = 1\n")
     monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(root))
     assert packages.sources() == [root / "numpy" / "again.py"]
+
+
+def candidate(name: str) -> StarLM:
+    torch.manual_seed(0)
+    config = StarLMConfig(vocab_size=64, depth=3, dim=64, context=32, **settings(name))
+    model = builder(name)(config)
+    for parameter in (model.head.weight, *(block.mixer.out.weight for block in model.blocks)):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_read_no_future_and_no_other_document(name):
+    model = candidate(name)
+    tokens = torch.randint(0, 9, (2, 32))
+    first = torch.zeros(2, 32, dtype=torch.long)
+    first[1, 12:] = 12
+    hidden = model.hidden(tokens, first=first)
+    later, other = tokens.clone(), tokens.clone()
+    later[:, 20:] = torch.randint(0, 9, (2, 12))
+    other[1, :12] = torch.randint(0, 9, (12,))
+    assert torch.equal(model.hidden(later, first=first)[:, :20], hidden[:, :20])
+    # Rows reach a prefix sum, so a mean over a window of this document, rounded otherwise.
+    torch.testing.assert_close(model.hidden(other, first=first)[1, 12:], hidden[1, 12:], atol=1e-5, rtol=1e-5)
+    model.loss(tokens, tokens, first=first).backward()
+    mixers = [p for block in model.blocks for p in block.mixer.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixers)
+
+
+def test_candidate_star_without_additions_is_star():
+    model = candidate("star")
+    tokens = torch.randint(0, 9, (2, 32))
+    before = model.hidden(tokens)
+    for block in model.blocks:
+        layer = Star(64, model.config.num_heads, window=16)
+        layer.load_state_dict(block.mixer.state_dict())
+        block.mixer = layer
+    torch.testing.assert_close(model.hidden(tokens), before, atol=1e-4, rtol=1e-4)
+    # As each addition starts: weights of 1, factors of 1.
+    for options in ({"keys": "head"}, {"keys": "channel"}, {"fit": True}):
+        for block in model.blocks:
+            layer = Star(64, model.config.num_heads, window=16, **options)
+            layer.load_state_dict(block.mixer.state_dict(), strict=False)
+            block.mixer = layer
+        torch.testing.assert_close(model.hidden(tokens), before, atol=1e-4, rtol=1e-4)
+        for block in model.blocks:
+            block.mixer.weigh = block.mixer.fit = None
