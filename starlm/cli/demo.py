@@ -29,7 +29,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     page = write_report([config.out])
     console.say(f"{page}\n")
     console.say("Next:")
-    console.say(f'  starlm generate --model {config.out} --prompt "def "')
+    console.say(f'  starlm generate --model {config.out} "def "')
     console.say(f"  starlm eval --model {config.out}")
     console.say("  starlm data prepare YOUR_FOLDER --out data/mine")
     console.say("  starlm train --preset demo --data data/mine --out runs/mine")

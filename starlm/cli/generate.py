@@ -4,7 +4,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from starlm.cli.console import Console, piped
 from starlm.cli.options import Verb
@@ -22,10 +24,12 @@ PRESETS = {
 class GenerateOptions:
     """Which model, which prompt, and how the next token is chosen."""
 
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]")] = None
+    """Text to continue; without it, and without prompt and prompt_file, stdin."""
     model: Path = Path("runs/demo")
     """Run folder (its last checkpoint is taken) or checkpoint folder."""
     prompt: str | None = None
-    """Text to continue; without it and without prompt_file, stdin."""
+    """The same, for a text that begins with a dash: --prompt=-x."""
     prompt_file: Path | None = None
     """File whose text is continued (UTF-8)."""
     max_tokens: int = 256
@@ -52,13 +56,14 @@ class GenerateOptions:
     """auto, cpu, cuda, or cuda:N."""
 
     def __post_init__(self) -> None:
-        if self.prompt is not None and self.prompt_file is not None:
-            raise InputError("Give the prompt once: --prompt or --prompt-file.")
+        if sum(given is not None for given in (self.text, self.prompt, self.prompt_file)) > 1:
+            raise InputError("Give the prompt once: as it is, by --prompt, or by --prompt-file.")
 
 
 def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     """Stream the continuation to stdout; on a terminal the prompt stands before it in bold."""
-    prompt = read_prompt(options.prompt, options.prompt_file, flags=('--prompt "def "', "--prompt-file FILE"))
+    text = options.prompt if options.text is None else options.text
+    prompt = read_prompt(text, options.prompt_file, flags=('starlm generate "def "', "--prompt-file FILE"))
     from starlm.generate.text import load
 
     model = load(options.model, device=options.device)

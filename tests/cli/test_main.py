@@ -58,6 +58,7 @@ def test_without_a_verb(command):
         (["train", "--steps", "0"], "error: steps must be above 0 and finite, or left out; got 0."),
         (["train", "--config", "missing.toml"], "Cannot read the config file missing.toml"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "Give the prompt once"),
+        (["generate", "a", "--prompt", "b"], "Give the prompt once"),
         (["bench", "op", "--lengths", "100"], "lengths must be divisors of batch_tokens (131072)"),
     ],
 )

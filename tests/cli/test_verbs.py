@@ -29,7 +29,7 @@ def test_demo_goes_all_the_way(command, fake_train, fake_data):
     order = [
         *("1/4  Tokenizer and data", "2/4  Training", "step 1/20"),
         *("3/4  Evaluation and samples", "step 20: validation", "step 20: sample", "4/4  Report"),
-        'starlm generate --model runs/demo --prompt "def "',
+        'starlm generate --model runs/demo "def "',
     ]
     places = [done.out.index(text) for text in order]
     assert places == sorted(places)
@@ -213,6 +213,8 @@ def test_generate_json(command, fake_model):
 def test_generate_takes_the_prompt_from_stdin_or_a_file(command, fake_model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
     assert command("generate", "--model", "m").out == "piped!\n"
+    assert command("generate", "--model", "m", "said").out == "said!\n"
+    assert command("generate", "--model", "m", "--prompt=-x").out == "-x!\n"
     Path("p.txt").write_text("filed")
     assert command("generate", "--model", "m", "--prompt-file", "p.txt").out == "filed!\n"
     Path("p.txt").write_bytes(b"\xff")
