@@ -286,11 +286,14 @@ def command(verb: str, options: Any) -> str:
     words = [f"starlm bench {verb}"]
     for field in fields(options):
         value = getattr(options, field.name)
-        if value != field.default and field.name != "plot":
-            words += [
-                f"--{field.name.replace('_', '-')}",
-                *map(str, value if isinstance(value, Sequence) and not isinstance(value, str) else [value]),
-            ]
+        if value == field.default or field.name == "plot":
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            words += [f"--{name}", *map(str, value if several else [value])]
     return " ".join(words)
 
 
