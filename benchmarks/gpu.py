@@ -2,17 +2,26 @@
 
     python -m benchmarks.gpu check     every promise of `deform`, at real sizes; exit code 1 if one is broken
     python -m benchmarks.gpu bench     the table, and benchmarks/results/gpu-<device>.json
+    python -m benchmarks.gpu warm      compile what `bench` times of flash-linear-attention, on all cores
 
-Both exit with code 2 where PyTorch sees no GPU. Shapes and method of the timings are those with which
+All exit with code 2 where PyTorch sees no GPU. Shapes and method of the timings are those with which
 flash-linear-attention compares its operators (median of `triton.testing.do_bench`, bf16); its Gated DeltaNet,
-GLA and short convolution are timed too where the package `fla` is installed.
+GLA and short convolution are timed too where the package `fla` is installed. Its kernels are tuned when first
+called, minutes for an operator; after `warm` of the same shapes in the same order, seconds. A part of the
+table has a file of its own:
+
+    python -m benchmarks.gpu warm --shapes 1 0 2 3 --peers delta conv
+    python -m benchmarks.gpu bench --shapes 1 0 2 3 --peers delta conv
 """
 
 import argparse
 import json
+import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_fla
 from benchmarks.gpu_checks import CHECKS, NotRun, compare
+from benchmarks.gpu_fla import Call, Shape
 from starlm.errors import InputError, StarLMError
 from starlm.ops import deform
 
@@ -42,6 +53,8 @@ DETERMINISTIC = f"deform, mean shift {SHIFTS[0]:g}, deterministic"
 FORWARD, BOTH = "forward", "forward+backward"
 # Tensors that must be moved at least: values, shift and out; then values, shift, grad and both gradients.
 TENSORS = {FORWARD: 3, BOTH: 8}
+# What the columns are called on the command line.
+PEERS = ("deform", "attention", *gpu_fla.PEERS)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,7 +62,7 @@ RESULTS = Path(__file__).parent / "results"
 class Cell:
     """One figure of the table."""
 
-    shape: tuple[int, int, int, int]
+    shape: Shape
     peer: str
     kind: str
     milliseconds: float
@@ -63,12 +76,21 @@ class Cell:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code of one command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("check", "bench"))
+    parser.add_argument("what", choices=("check", "bench", "warm"))
+    every = range(len(SHAPES))
+    listed = ", ".join(f"{number} is {'/'.join(map(str, shape))}" for number, shape in enumerate(SHAPES))
     parser.add_argument(
-        "--no-fla", action="store_true", help="leave fla out: to tune its kernels takes many minutes"
+        "--shapes", type=int, nargs="+", choices=every, default=every, help=f"in this order; {listed}"
+    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="beside a plain copy")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that compile (warm)"
+    )
+    parser.add_argument(
+        "--limit-seconds", type=float, default=math.inf, help="begin to compile nothing after so long (warm)"
     )
     options = parser.parse_args(arguments)
-    what, fla = options.what, find_spec("fla") is not None and not options.no_fla
+    what, shapes = options.what, [SHAPES[number] for number in options.shapes]
     try:
         if not torch.cuda.is_available():
             raise InputError(
@@ -77,7 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if find_spec("triton") is None:
             raise InputError("The package triton is missing. Run: pip install 'starlm[gpu]'")
-        return check("cuda") if what == "check" else bench("cuda", fla)
+        if what == "check":
+            return check("cuda")
+        if what == "bench":
+            return bench("cuda", shapes, options.peers)
+        if not _has_fla():
+            raise InputError("The package fla is missing. Run: pip install flash-linear-attention")
+        names = [name for name in options.peers if name in gpu_fla.PEERS]
+        gpu_fla.warm(shapes, names, options.jobs, options.limit_seconds)
+        return 0
     except StarLMError as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -100,29 +130,51 @@ def check(device: str, length: int = 8192, checks: dict[str, Callable[[str, int]
     return 1 if failed else 0
 
 
-def bench(device: str, fla: bool) -> int:
-    """Time all shapes and peers, those of `fla` if it is to be, print the table and write the results."""
+def bench(device: str, shapes: Sequence[Shape] = SHAPES, peers: Sequence[str] = PEERS) -> int:
+    """Time these shapes and peers, print the table and write the results."""
     machine = _machine()
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()) + "\n")
-    cells: list[Cell] = []
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    fla = any(name in gpu_fla.PEERS for name in peers) and _has_fla()
+    if fla:
+        print(f"kernels of fla are tuned with {gpu_fla.TUNING} ms for each variant")
+    print()
+    cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        found = list(_measure(shape, device, skipped, fla))
-        cells += found
-        print("\n".join(table(shape, found)), flush=True)
-    for entry in skipped:
-        print("not measured: " + ", ".join(str(value) for value in entry.values()))
-    path = RESULTS / f"gpu-{slug(machine['GPU'])}.json"
+    words = part(shapes, peers)
+    path = RESULTS / f"{'-'.join(['gpu', slug(machine['GPU']), *map(slug, words)])}.json"
     result = {
-        "command": "python -m benchmarks.gpu bench" + ("" if fla else " --no-fla"),
+        "command": " ".join(["python -m benchmarks.gpu bench", *words]),
         "machine": machine,
         "dtype": "bfloat16",
-        "cells": [asdict(cell) for cell in cells],
+        "tuning_of_fla_ms": gpu_fla.TUNING if fla else None,
+        "cells": cells,
         "not_measured": skipped,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    with gpu_fla.tuned_briefly() if fla else nullcontext():
+        for shape in shapes:
+            found = list(_measure(shape, device, skipped, peers))
+            cells += map(asdict, found)
+            print("\n".join(table(shape, found)), flush=True)
+            # Whoever runs out of time has the shapes so far.
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    for entry in skipped:
+        print("not measured: " + ", ".join(str(value) for value in entry.values()))
     print(path)
     return 0
+
+
+def part(shapes: Sequence[Shape], peers: Sequence[str]) -> list[str]:
+    """The words of the command line that ask for no more than these; none for all."""
+    found = []
+    if list(shapes) != SHAPES:
+        found += ["--shapes", *(str(SHAPES.index(shape)) for shape in shapes)]
+    if list(peers) != list(PEERS):
+        found += ["--peers", *peers]
+    return found
+
+
+def _has_fla() -> bool:
+    return find_spec("fla") is not None
 
 
 def table(shape: tuple[int, ...], cells: Iterable[Cell]) -> Iterator[str]:
@@ -147,23 +199,28 @@ def _machine() -> dict[str, str]:
     from starlm.report.environment import environment
 
     packages = ("triton", "flash-linear-attention")
-    found = {name: version(name) for name in packages if name == "triton" or find_spec("fla")}
+    found = {name: version(name) for name in packages if name == "triton" or _has_fla()}
     return (
         dict(environment()) | found | {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
     )
 
 
 def _measure(
-    shape: tuple[int, int, int, int], device: str, skipped: list[dict[str, Any]], fla: bool
+    shape: Shape, device: str, skipped: list[dict[str, Any]], names: Sequence[str]
 ) -> Iterator[Cell]:
     random = partial(torch.randn, shape, device=device, dtype=torch.bfloat16)
     source, target = random(), random()
     copy = _time(lambda: target.copy_(source), shape=shape, peer="copy of one tensor", kind=FORWARD)
     yield replace(copy, share_of_copy=1.0)
-    peers = _deformers(shape, device) | _peers(shape, device, fla)
-    if not fla:
-        why = "fla is not installed, or was not wanted"
-        skipped.append({"shape": shape, "peer": "flash-linear-attention", "why": why})
+    peers: dict[str, Callable[[], Call]] = {}
+    for name in names:
+        if name == "deform":
+            peers |= _deformers(shape, device)
+        elif name == "attention":
+            peers["FlashAttention, causal (PyTorch)"] = partial(_attention, shape, device)
+        else:
+            peer, make = gpu_fla.PEERS[name]
+            peers[peer] = partial(make, shape, device)
     for peer, make in peers.items():
         try:
             torch.use_deterministic_algorithms(peer == DETERMINISTIC)
@@ -203,13 +260,10 @@ def _without_gradient(function: Callable[..., Tensor], inputs: list[Tensor]) -> 
         return function(*inputs)
 
 
-Peer = Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]
-
-
-def _deformers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]:
+def _deformers(shape: Shape, device: str) -> dict[str, Callable[[], Call]]:
     """`deform` at each mean shift, and with its deterministic backward; none is timed before it is right."""
 
-    def make(mean: float) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    def make(mean: float) -> Call:
         values, shift = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
         shift = torch.nn.functional.softplus(shift).mul_(mean / SOFTPLUS_MEAN)
         try:
@@ -222,50 +276,16 @@ def _deformers(shape: tuple[int, int, int, int], device: str) -> dict[str, Peer]
     return peers | {DETERMINISTIC: partial(make, SHIFTS[0])}
 
 
-def _peers(shape: tuple[int, int, int, int], device: str, fla: bool) -> dict[str, Peer]:
-    """What else mixes tokens, at the same shape."""
+def _attention(shape: Shape, device: str) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
     batch, length, heads, channels = shape
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device=device, dtype=torch.bfloat16)
-
-    def attention() -> tuple[Callable[..., Tensor], list[Tensor]]:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-        return call, [random(batch, heads, length, channels) for _ in range(3)]
-
-    def delta() -> tuple[Callable[..., Tensor], list[Tensor]]:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        gate = torch.nn.functional.logsigmoid(random(batch, length, heads))
-        inputs = [*(random(*shape) for _ in range(3)), gate, random(batch, length, heads).sigmoid()]
-        return lambda *x: chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], inputs
-
-    def gla() -> tuple[Callable[..., Tensor], list[Tensor]]:
-        from fla.ops.gla import chunk_gla
-
-        gate = torch.nn.functional.logsigmoid(random(*shape)).clamp_min(-5)
-        return lambda *x: chunk_gla(*x)[0], [*(random(*shape) for _ in range(3)), gate]
-
-    def convolution() -> tuple[Callable[..., Tensor], list[Tensor]]:
-        from fla.modules import ShortConvolution
-
-        width = heads * channels
-        layer = ShortConvolution(width, 4).to(device, torch.bfloat16)
-        return lambda x: layer(x)[0], [random(batch, length, width)]
-
-    peers: dict[str, Peer] = {"FlashAttention, causal (PyTorch)": attention}
-    if fla:
-        peers |= {
-            "Gated DeltaNet (fla)": delta,
-            "GLA (fla)": gla,
-            "short convolution of 4 (fla)": convolution,
-        }
-    return peers
+    sizes = batch, heads, length, channels
+    return call, [torch.randn(sizes, device=device, dtype=torch.bfloat16) for _ in range(3)]
 
 
 if __name__ == "__main__":

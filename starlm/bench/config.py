@@ -60,6 +60,8 @@ class LayerOptions(GridOptions):
     """Layers to time beside the bare matrix products. Default: on a CPU all but the last three, which are
     those of flash-linear-attention and run on GPUs; on a GPU all but mamba2, whose plain PyTorch is no match
     there. On a CPU mamba2 takes most of the time."""
+    cuda_graph: bool = True
+    """On a GPU, record a call once and time its replays: its kernels without the time to launch them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +96,13 @@ class TrainBenchOptions(GridOptions):
     """Layers."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
+    peers: tuple[Literal["transformer", "star", "gated", "conv"], ...] = (
+        "transformer",
+        "star",
+        "gated",
+        "conv",
+    )
+    """Models to time; at each length all are in memory at the same time."""
     compile: bool = False
     """Compile loss and gradients of every model with torch.compile."""
 
@@ -103,6 +112,7 @@ class TrainBenchOptions(GridOptions):
         self._require(self.dim >= 16 and self.dim % 16 == 0, "a multiple of 16", "dim")
         self._require(self.depth >= 1, "at least 1", "depth")
         self._require(self.batch_tokens >= 1, "at least 1", "batch_tokens")
+        self._require(bool(self.peers), "at least one name", "peers")
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
     starlm bench decode
     starlm bench decode --contexts 1000 1000000 --peers star
     starlm bench decode --contexts 1000 --depth 12 --dim 768 --vocab-size 16384
+    starlm bench decode --contexts 1000 --peers star gated --batch 32
 
 The limit is the time that the machine takes to read the weights once: their bytes over the bandwidth that
 summing a tensor of the same size reaches, measured in the same rounds. Weights that fit into a cache (50 MB
@@ -85,6 +86,11 @@ def main(options: DecodeOptions, machine: dict[str, str]) -> dict[str, Any]:
         together=True,
     )
     result = run("decode", grid, peers, options, machine)
+    print("\nTokens per second:")
+    for cell in result["cells"]:
+        cell["tokens_per_second"] = options.batch / cell["value"] * 1e3
+        if cell["peer"] != LIMIT:
+            print(f"{cell['peer']:>24}  {cell['size']:>9,}: {cell['tokens_per_second']:,.0f}")
     print(f"\n{weights.nbytes / 2**20:.0f} MiB of weights are read for each step. Decode state, MiB:")
     for name, sizes in state_bytes.items():
         print(f"{name:>24}  " + "  ".join(f"{n:,}: {size / 2**20:.2f}" for n, size in sizes.items()))

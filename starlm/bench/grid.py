@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from starlm.bench.config import GridOptions
-from starlm.bench.timing import BURST_SECONDS, WARM_CALLS, Timing, burst, interleave, peak_memory, timed
+from starlm.bench.timing import (
+    BURST_SECONDS,
+    WARM_CALLS,
+    Timing,
+    burst,
+    interleave,
+    peak_memory,
+    recorded,
+    timed,
+)
 from starlm.device import describe, pick_device
 
 Make = Callable[[int], Callable[[], Any]]
@@ -29,6 +38,8 @@ class Peer:
     """Of another package: whatever it raises leaves a cell out; else only what does not fit into memory."""
     left_out: str = ""
     """Why it has no column here."""
+    record: bool = False
+    """On a GPU, record a call as a CUDA graph and time that; if it cannot be recorded, time it as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +86,22 @@ def run(
             f"Each time is that of {BURST_SECONDS * 1e3:g} ms of calls in a row, or of one longer call, the "
             "GPU idle before and after, over the calls: where the host is slower, the host is what is timed."
         )
+        if any(peer.record for peer in peers.values()):
+            print(
+                "Calls are recorded as CUDA graphs and replayed, as steps of training are: that is the GPU's "
+                "time. What cannot be recorded is named below and timed as the host launches it."
+            )
     print()
     print(_row(grid.axis, *peers), flush=True)
     timings: dict[tuple[str, int], Timing] = {}
     skipped: dict[tuple[str, int], str] = {}
+    unrecorded: dict[tuple[str, int], str] = {}
     peaks: dict[tuple[str, int], int | None] = {}
     sizes = sorted(options.sizes)
     known: dict[tuple[str, int], float] = {}
     times: dict[tuple[str, int], int] = {}
     for group in [sizes] if grid.together else [[size] for size in sizes]:
-        calls = {}
+        calls: dict[tuple[str, int], _Call] = {}
         for size, (name, peer) in product(group, peers.items()):
             seconds = 0.0 if peer.cost is None else _predict(name, size, peer.cost, known)
             if seconds > options.limit_seconds:
@@ -92,31 +109,27 @@ def run(
                     f"about {seconds:.2g} s a call, over the limit of {options.limit_seconds:g} s"
                 )
                 continue
-            call = calls[name, size] = _Call(peer, size)
-            if device.type != "cpu":
-                for _ in range(WARM_CALLS):
-                    call()
-            elif grid.memory and size == sizes[0]:
-                # Compiling takes memory, too.
-                call()
-            if grid.memory:
-                peaks[name, size] = peak_memory(call, device=device)
-            if device.type != "cpu":
-                # What records its calls (`starlm.train.step`) has done so then.
-                call()
-            if device.type != "cpu" or not grid.memory:
-                known[name, size] = timed(call, device=device)
-            times[name, size] = burst(known.get((name, size), 0.0), device)
+            key = name, size
+            calls[key] = _Call(peer, size)
+            peaks[key], seconds = calls[key].prepare(device, grid.memory, compiled=size != sizes[0])
+            if seconds is not None:
+                known[key] = seconds
+            times[key] = burst(seconds or 0.0, device)
         found = interleave(calls, options.repeats, device=device, times=times)
-        for key in [key for key, call in calls.items() if call.failure]:
-            skipped[key] = calls[key].failure
-            for figures in (found, peaks, known):
-                figures.pop(key, None)
+        unrecorded |= {key: call.unrecorded for key, call in calls.items() if call.unrecorded}
+        failed = {key: call.failure for key, call in calls.items() if call.failure}
+        # What graphs hold would stand beside the next size.
+        calls.clear()
+        skipped |= failed
+        for key, figures in product(failed, (found, peaks, known)):
+            figures.pop(key, None)
         timings |= found
         known |= {key: timing.median for key, timing in found.items()}
         for size in group:
             print(_row(f"{size:,}", *(_figure(name, size, grid, timings) for name in peers)), flush=True)
     print("".join(f"\n{name} at {size:,}: skipped, {why}" for (name, size), why in skipped.items()))
+    for (name, size), why in unrecorded.items():
+        print(f"{name} at {size:,}: not recorded, {why}")
     print("".join(f"{name}: left out, {why}\n" for name, why in left_out.items()), end="")
     if any(peaks.values()):
         title = "MiB that a call takes at its highest moment, above those before"
@@ -162,6 +175,9 @@ def run(
             for (name, size), timing in timings.items()
         ],
         "skipped": [{"peer": name, "size": size, "why": why} for (name, size), why in skipped.items()],
+        "not_recorded": [
+            {"peer": name, "size": size, "why": why} for (name, size), why in unrecorded.items()
+        ],
         "left_out": left_out,
         "took_seconds": time.perf_counter() - began,
     }
@@ -171,24 +187,68 @@ class _Call:
     """A peer's call at one size. Once it has failed it does nothing, and `failure` says why."""
 
     def __init__(self, peer: Peer, size: int) -> None:
-        self.failure = ""
+        self.failure = self.unrecorded = ""
         self._errors = Exception if peer.foreign else torch.OutOfMemoryError
+        self._record = peer.record
         self._call: Callable[[], Any] = lambda: None
         self._guard(lambda: setattr(self, "_call", peer.make(size)))
 
     def __call__(self) -> None:
         self._guard(self._call)
 
+    def prepare(
+        self, device: torch.device, memory: bool, *, compiled: bool
+    ) -> tuple[int | None, float | None]:
+        """Have all ready for timing: the peak of its memory, if that is asked for, and about its seconds.
+
+        Args:
+            compiled: it has been called at another size, so its memory is not that of a compiler.
+        """
+        if device.type == "cpu":
+            if not memory:
+                return None, timed(self)
+            if not compiled:
+                self()
+            return peak_memory(self), None
+        for _ in range(WARM_CALLS):
+            self()
+        peak = peak_memory(self, device=device) if memory else None
+        if self._record and not self.failure:
+            self._replay(device)
+        # What records its calls itself (`starlm.train.step`) has done so then.
+        self()
+        return peak, timed(self, device=device)
+
+    def _replay(self, device: torch.device) -> None:
+        """Record the call; from here on it is replayed."""
+        try:
+            self._call = recorded(self._call, device)
+        except (RuntimeError, self._errors) as error:
+            # Leaving the recording fails too, and says less.
+            cause = error.__context__
+            self.unrecorded = _said(cause if isinstance(cause, RuntimeError) else error)
+        if self.unrecorded:
+            _free()
+
     def _guard(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except self._errors as error:
-            self.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+            self.failure = _said(error)
         if self.failure:
-            # Behind the handler: the error's frames hold tensors.
             self._call = lambda: None
-            gc.collect()
-            torch.cuda.empty_cache()
+            _free()
+
+
+def _said(error: BaseException) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
+def _free() -> None:
+    """Give back what a call held that failed. Not in the handler: the error's frames hold tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _predict(
@@ -226,11 +286,14 @@ def command(verb: str, options: Any) -> str:
     words = [f"starlm bench {verb}"]
     for field in fields(options):
         value = getattr(options, field.name)
-        if value != field.default and field.name != "plot":
-            words += [
-                f"--{field.name.replace('_', '-')}",
-                *map(str, value if isinstance(value, Sequence) and not isinstance(value, str) else [value]),
-            ]
+        if value == field.default or field.name == "plot":
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            words += [f"--{name}", *map(str, value if several else [value])]
     return " ".join(words)
 
 

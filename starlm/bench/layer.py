@@ -3,6 +3,9 @@
     starlm bench layer
     starlm bench layer --dtype bfloat16 --lengths 1024 8192 --peers gated attention
 
+On a GPU a call is recorded as a CUDA graph and replayed, as a step of training is: launched one by one from
+Python, its kernels would be timed at the host's speed (`--no-cuda-graph`).
+
 The baseline is what no layer can do without: the four D x D matrix products of preset `gated` alone, with
 their gradients. Mamba-2 is the layer of Hugging Face transformers, if that is installed, as it runs here: on
 a GPU in plain PyTorch too, so it takes part there only when asked for. Gated DeltaNet, GLA and the short
@@ -45,7 +48,8 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
         "gla": ("GLA (fla)", lambda: _gla(dim)),
         "shortconv": ("convolution of 4 (fla)", lambda: _convolution(dim)),
     }
-    peers = {PRODUCTS: Peer(make=lambda length: _products(options, length))}
+    record = options.cuda_graph
+    peers = {PRODUCTS: Peer(make=lambda length: _products(options, length), record=record)}
     wanted = options.peers or (*OWN, *("mamba2",) * (device.type == "cpu"), *FLA * (device.type == "cuda"))
     for key in wanted:
         name, make = layers[key]
@@ -53,6 +57,7 @@ def main(options: LayerOptions, machine: dict[str, str]) -> dict[str, Any]:
             make=lambda length, make=make: _layer(make(), options, length),
             foreign=key not in OWN,
             left_out=_left_out(key, device),
+            record=record,
             # Per token, of which there are always as many, 8 D² of products and 4 D T of attention.
             cost=(lambda length: 2 * dim + length) if key == "attention" else None,
         )

@@ -2,6 +2,7 @@
 
 starlm bench train
 starlm bench train --dtype bfloat16 --compile
+starlm bench train --dtype bfloat16 --batch-tokens 65536 --lengths 65536 --peers transformer star
 starlm bench train --lengths 1024 8192 32768 --repeats 1 --limit-seconds 600
 """
 
@@ -23,11 +24,11 @@ from starlm.train.optim import Optimizers
 from starlm.train.step import Step
 
 TRANSFORMER = "transformer"
-MODELS: dict[str, dict[str, Any]] = {
-    TRANSFORMER: {"layers": "A"},
-    "star": {"preset": "star"},
-    "gated": {"preset": "gated"},
-    "short convolution": {"layers": "C"},
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer": (TRANSFORMER, {"layers": "A"}),
+    "star": ("star", {"preset": "star"}),
+    "gated": ("gated", {"preset": "gated"}),
+    "conv": ("short convolution", {"layers": "C"}),
 }
 
 
@@ -48,7 +49,7 @@ def main(options: TrainBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
             if name == TRANSFORMER
             else None,
         )
-        for name, settings in MODELS.items()
+        for name, settings in map(MODELS.__getitem__, options.peers)
     }
     if not options.compile:
         return run("train", grid, peers, options, machine)
@@ -62,7 +63,8 @@ def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> 
     config = StarLMConfig(
         vocab_size=options.vocab_size, depth=options.depth, dim=options.dim, context=length, **settings
     )
-    model = StarLM(config).to(pick_device(options.device))
+    with pick_device(options.device):
+        model = StarLM(config)
     # Without documents: only so does PyTorch take its fast kernels for attention.
     loss = torch.compile(_plain(model)) if options.compile else _plain(model)
     step = Step(

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from starlm.model.graph import capture
+
 PROCESS = Path("/proc/self")
 CPU = torch.device("cpu")
 # A GPU works behind the host's back: so long a burst of calls is timed as one, and at most so many calls.
@@ -60,6 +62,25 @@ def burst(seconds: float, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return min(max(math.ceil(BURST_SECONDS / max(seconds, 1e-9)), 1), BURST_CALLS)
+
+
+def recorded(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`call` as one CUDA graph: what the GPU does in it, without the time that Python takes to launch it.
+
+    Its results, the same tensors each time, hold their memory until the graph is gone.
+
+    Raises:
+        RuntimeError: it cannot be recorded; most likely it waits for the GPU.
+    """
+    with torch.cuda.device(device):
+        mode = torch.cuda.get_sync_debug_mode()
+        # A recording that fails leaves PyTorch's random numbers unusable, so the likely reason is looked for.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return capture(torch.enable_grad()(call), device)
 
 
 def interleave(

@@ -22,12 +22,10 @@ KERNELS = {
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether fused kernels exist and pay: in fp32 or bf16 (on a GPU fp16, too), with a gradient to come."""
-    return _has_kernels(x) and torch.is_grad_enabled() and x.requires_grad
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return not is_plain() and x.dtype in KERNELS.get(x.device.type, ())
+    """Whether fused kernels exist and pay: in fp32 or bf16 with a gradient to come; on a GPU always."""
+    if is_plain() or x.dtype not in KERNELS.get(x.device.type, ()):
+        return False
+    return x.device.type == "cuda" or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
@@ -37,11 +35,11 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
         step: x are single tokens of a decode state, which no tracer follows: the kernel itself may be called.
         cast: only products read the result: on a GPU under autocast it comes in the dtype they take.
     """
-    on_gpu, dtype = x.device.type == "cuda", x.dtype
-    if cast and on_gpu and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+    dtype = x.dtype
+    if cast and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cuda")
     if not torch.compiler.is_compiling():
-        if fuses(x) or (on_gpu and _has_kernels(x)):
+        if fuses(x):
             return _rms(x, dtype)
         if step and x.dtype == torch.float32 and x.device.type == "cpu" and not is_plain():
             # Behind large products, which empty the caches, PyTorch's several small calls take longer.

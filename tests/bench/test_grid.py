@@ -134,6 +134,12 @@ def test_steps():
     result = step.main(STEPS, {})
     cells = by_cell(result)
     assert {peer for peer, _ in cells} == {"transformer", "star", "gated", "short convolution"}
+    few = step.main(dataclasses.replace(STEPS, lengths=(16,), peers=("conv", "star")), {})
+    assert [(cell["peer"], cell["over_baseline"]) for cell in few["cells"]] == [
+        ("short convolution", None),
+        ("star", None),
+    ]
+    assert few["command"].endswith("--peers conv star")
     # Two rows of 16 tokens, and one of 64 where a row is longer than batch_tokens.
     for size, tokens in ((16, 32), (64, 64)):
         assert cells["star", size]["value"] == pytest.approx(tokens / cells["star", size]["seconds"][0])
@@ -159,8 +165,11 @@ def test_decoding_several_streams(capsys):
     )
     for name in ("star", "attention"):
         assert three["state_bytes"][name][10] == 3 * one["state_bytes"][name][10] > 0
+    for cell in three["cells"]:
+        assert cell["tokens_per_second"] == pytest.approx(3 / cell["value"] * 1e3)
     out = capsys.readouterr().out
     assert "float32, one stream" in out
+    assert "Tokens per second" in out
     assert "ms per step of 3 streams: median" in out
 
 
@@ -233,24 +242,70 @@ def test_bursts():
     assert (len(calls), len(found["a"].seconds)) == (10, 2)
 
 
-def test_what_a_gpu_is_asked_for(monkeypatch, capsys):
-    """Warm-up, the peak of tensors, bursts; with a GPU that is not there."""
-    log, held = [], iter([100, 100])
+@pytest.fixture
+def gpu_log(monkeypatch):
+    """What is asked of a GPU that is not there."""
+    log = []
     monkeypatch.setattr(grid_module, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(grid_module, "describe", lambda device: {"GPU": "abacus"})
     monkeypatch.setattr(timing, "BURST_CALLS", 3)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 107)
-    peers = {"a": Peer(make=lambda size: lambda: log.append("call"))}
-    options = dataclasses.replace(LAYER, lengths=(16,), repeats=1)
-    result = run("layer", dataclasses.replace(GRID, memory=True), peers, options, {})
-    once, burst = ["wait", "call", "wait"], ["wait", *["call"] * 3, "wait"]
-    assert log == ["call"] * timing.WARM_CALLS + ["reset", "call", "call"] + once + burst
+    return log
+
+
+GPU_GRID = dataclasses.replace(GRID, memory=True)
+ONE = dataclasses.replace(LAYER, lengths=(16,), repeats=1)
+WARMED = ["call"] * timing.WARM_CALLS + ["reset", "call"]
+
+
+def timed_as(what):
+    """One for the length of a burst, then a burst."""
+    return [what, *["wait", what, "wait"], *["wait", *[what] * 3, "wait"]]
+
+
+def test_what_a_gpu_is_asked_for(gpu_log, capsys):
+    """Warm-up, the peak of tensors, bursts."""
+    peers = {"a": Peer(make=lambda size: lambda: gpu_log.append("call"))}
+    result = run("layer", GPU_GRID, peers, ONE, {})
+    assert gpu_log == WARMED + timed_as("call")
     (cell,) = result["cells"]
     assert (cell["peak_bytes"], cell["calls"], result["device"]) == (7, 3, "cuda")
-    assert "GPU: abacus" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GPU: abacus" in out
+    assert "CUDA graphs" not in out
+
+
+def test_calls_that_are_recorded(gpu_log, capsys, monkeypatch):
+    """The memory is that of the call as it is, the time that of its replays."""
+    monkeypatch.setattr(
+        grid_module, "recorded", lambda call, device: call() or (lambda: gpu_log.append("replay"))
+    )
+    peers = {"a": Peer(make=lambda size: lambda: gpu_log.append("call"), record=True)}
+    result = run("layer", GPU_GRID, peers, ONE, {})
+    assert gpu_log == [*WARMED, "call", *timed_as("replay")]
+    assert result["not_recorded"] == []
+    assert "recorded as CUDA graphs and replayed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_calls_that_cannot_be_recorded(gpu_log, capsys, monkeypatch, foreign):
+    def fail(call, device):
+        try:
+            raise RuntimeError("called a synchronizing CUDA operation\nMore.")
+        finally:
+            raise ValueError("no such graph") if foreign else RuntimeError("capture failed")
+
+    monkeypatch.setattr(grid_module, "recorded", fail)
+    peer = Peer(make=lambda size: lambda: gpu_log.append("call"), record=True, foreign=foreign)
+    result = run("layer", GPU_GRID, {"a": peer}, ONE, {})
+    assert gpu_log == WARMED + timed_as("call")
+    why = "RuntimeError: called a synchronizing CUDA operation"
+    assert result["not_recorded"] == [{"peer": "a", "size": 16, "why": why}]
+    assert (len(result["cells"]), result["skipped"]) == (1, [])
+    assert f"a at 16: not recorded, {why}\n" in capsys.readouterr().out
 
 
 @pytest.mark.compile
@@ -269,17 +324,40 @@ def test_compiled_steps():
     ("verb", "options"), [(layer, LAYER), (step, STEPS), (decode, DECODE)], ids=["layer", "train", "decode"]
 )
 def test_on_a_gpu(verb, options, dtype, capsys):
-    result = json.loads(
-        json.dumps(verb.main(dataclasses.replace(options, device="cuda", dtype=dtype, dim=64), {}))
-    )
+    if verb is layer:
+        # Layers of other packages are tuned for minutes first.
+        options = dataclasses.replace(options, peers=layer.OWN)
+    options = dataclasses.replace(options, device="cuda", dtype=dtype, dim=64)
+    result = json.loads(json.dumps(verb.main(options, {})))
     assert result["device"] == "cuda"
     assert {"GPU", "CUDA"} <= set(result["machine"])
-    # What other packages make of such sizes is theirs.
-    assert [row for row in result["skipped"] if "(fla)" not in row["peer"]] == []
+    assert (result["skipped"], result["not_recorded"]) == ([], [])
     assert all(cell["calls"] >= 1 and min(cell["seconds"]) > 0 for cell in result["cells"])
     if verb is not decode:
         assert all(cell["peak_bytes"] > 0 for cell in result["cells"])
     assert "the GPU idle before and after" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.gpu
+def test_a_recorded_call_on_a_gpu():
+    """It gives what the call gives, and leaves nothing behind; what waits for the GPU is refused."""
+    device = torch.device("cuda")
+    for module in (torch.nn.Linear(32, 32), layer.Deformer(32, 4, preset="star")):
+        call = layer._layer(module, dataclasses.replace(LAYER, device="cuda"), 16)
+        wanted = [gradient.clone() for gradient in call()]
+        # The first time, libraries make workspaces for the stream.
+        timing.recorded(call, device)
+        held = torch.cuda.memory_allocated()
+        replay = timing.recorded(call, device)
+        for gradient in replay():
+            gradient.zero_()
+        for found, gradient in zip(replay(), wanted, strict=True):
+            torch.testing.assert_close(found, gradient, atol=1e-4, rtol=1e-4)
+        del replay, found
+        assert torch.cuda.memory_allocated() <= held
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            timing.recorded(lambda call=call: call()[0].sum().item(), device)
+    assert torch.randn(3, device=device).shape == (3,)
 
 
 @pytest.mark.gpu
@@ -290,11 +368,24 @@ def test_memory_of_a_call_on_a_gpu():
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (LayerOptions(cuda_graph=False), "--no-cuda-graph"),
+        (TrainBenchOptions(compile=True, peers=("star",)), "--peers star --compile"),
+        (TrainBenchOptions(dtype="bfloat16", lengths=(8, 16)), "--dtype bfloat16 --lengths 8 16"),
+    ],
+)
+def test_the_command_that_measures_the_same(options, words):
+    assert grid_module.command("train", options) == f"starlm bench train {words}"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (lambda: LayerOptions(lengths=(100,)), "lengths must be divisors of batch_tokens"),
         (lambda: LayerOptions(dim=20), "dim must be a multiple of 16"),
         (lambda: TrainBenchOptions(depth=0), "depth must be at least 1"),
+        (lambda: TrainBenchOptions(peers=()), "peers must be at least one name"),
         (lambda: DecodeOptions(contexts=()), "contexts must be 1 or more"),
         (lambda: DecodeOptions(repeats=0), "repeats must be at least 1"),
         (lambda: DecodeOptions(batch=0), "batch must be at least 1"),

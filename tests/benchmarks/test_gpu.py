@@ -1,13 +1,16 @@
 """`python -m benchmarks.gpu`, as far as a machine without a GPU can tell."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_fla
 from benchmarks.gpu_checks import NotRun, assert_close
 
 
-@pytest.mark.parametrize("what", ["check", "bench"])
+@pytest.mark.parametrize("what", ["check", "bench", "warm"])
 def test_without_a_gpu(what, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([what]) == 2
@@ -57,6 +60,70 @@ def test_table():
 
 def test_file_name():
     assert gpu.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_part_of_the_table_is_named():
+    assert gpu.part(gpu.SHAPES, gpu.PEERS) == []
+    words = gpu.part([gpu.SHAPES[1], gpu.SHAPES[0]], ["deform"])
+    assert words == ["--shapes", "1", "0", "--peers", "deform"]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel with six variants that says which of them it is asked to compile, and what is stored of it."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime.autotuner import Autotuner
+
+    def double(x, size, heads, BLOCK):
+        """Never run."""
+
+    def run(*args, warmup, grid, **kwargs):
+        assert warmup
+        asked.append((args[2], kwargs["BLOCK"]))
+        if kwargs["BLOCK"] == 64:
+            raise ValueError("too large")
+
+    def look(tuner, key, variants, tune):
+        if key in stored:
+            tuner.cache[key] = stored[key]
+        else:
+            tune()
+
+    asked, stored = [], {}
+    monkeypatch.setattr(Autotuner, "check_disk_cache", look)
+    variants = [triton.Config({"BLOCK": 2**n}) for n in range(1, 7)]
+    tuned = Autotuner(double, ["x", "size", "heads", "BLOCK"], variants, ["size"], None, None)
+    tuned.fn = SimpleNamespace(run=run)
+    return SimpleNamespace(call=tuned[1,], asked=asked, stored=stored, variants=variants)
+
+
+def test_parts_compile_all_variants_once_and_run_none(kernel):
+    x, counts = torch.zeros(4), []
+    for part in range(4):
+        compiler = gpu_fla.Compiler(part, 4, time.time() + 60)
+        with compiler.instead_of_running():
+            for size, heads in ((4, 1), (4, 1), (4, 2), (8, 2)):
+                kernel.call(x, size, heads)
+        counts.append((compiler.compiled, compiler.failed, compiler.late))
+    # Heads are not tuned for.
+    assert sorted(kernel.asked) == sorted((heads, 2**n) for heads in (1, 2) for n in range(1, 7))
+    assert [sum(found) for found in zip(*counts, strict=True)] == [10, 2, 0]
+
+
+def test_what_was_tuned_is_compiled_alone(kernel):
+    kernel.stored[4, "torch.float32"] = kernel.variants[2]
+    compiler = gpu_fla.Compiler(0, 1, time.time() + 60)
+    with compiler.instead_of_running():
+        kernel.call(torch.zeros(4), 4, 1)
+        kernel.call(torch.zeros(4), 4, 2)
+    assert kernel.asked == [(1, 8), (2, 8)]
+
+
+def test_nothing_is_begun_after_the_limit(kernel):
+    compiler = gpu_fla.Compiler(0, 1, time.time() - 1)
+    with compiler.instead_of_running():
+        kernel.call(torch.zeros(4), 4, 1)
+    assert (compiler.compiled, compiler.late, kernel.asked) == (0, 6, [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from starlm.ops import elementwise as module
 from starlm.ops.elementwise import fuses, relu2, rms
@@ -80,7 +81,7 @@ def test_registration(dtype):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_where_kernels_are_taken():
+def test_where_kernels_are_taken(monkeypatch):
     x = torch.randn(2, 3, requires_grad=True)
     assert fuses(x)
     assert fuses(x.bfloat16())
@@ -90,3 +91,9 @@ def test_where_kernels_are_taken():
         assert not fuses(x)
     with plain():
         assert not fuses(x)
+    # On a GPU, where each kernel less counts, also without a gradient: in a step of decoding.
+    monkeypatch.setitem(module.KERNELS, "cuda", (BF16,))
+    with FakeTensorMode():
+        there = torch.empty(2, 3, dtype=BF16, device="cuda")
+        assert fuses(there)
+        assert not fuses(there.double())
