@@ -66,7 +66,11 @@ def _origin(origin, batch, time, column, last, length, width, CHANNELS: tl.const
 def _locate(shift, origin, start, last):
     """Rows to read (near, far) and weight of the far one."""
     # NaN stays NaN. Beyond FAR both rows are the same one, so the fraction is moot.
-    shift = tl.clamp(shift, -1.0 * FAR, 1.0 * FAR, propagate_nan=tl.PropagateNan.ALL)
+    if shift.dtype == tl.float64:
+        # Which has no instruction for it.
+        shift = tl.where(shift > FAR, 1.0 * FAR, tl.where(shift < -FAR, -1.0 * FAR, shift))
+    else:
+        shift = tl.clamp(shift, -1.0 * FAR, 1.0 * FAR, propagate_nan=tl.PropagateNan.ALL)
     whole = tl.floor(shift)
     fraction = shift - whole
     if not NAN_IS_ZERO:
