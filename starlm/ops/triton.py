@@ -1,18 +1,22 @@
 """Fused GPU kernels of `deform`: Triton, forward and backward.
 
-Tensors are viewed as [B, S, D], D = H * C, with channels side by side in memory, and neighbouring lanes own
-neighbouring channels: of one row a warp reads one or two cache lines, and channels whose shifts differ find
-the other rows in the L1 and L2 caches, where the neighbouring queries have put them.
+Tensors are viewed as [B, S, D], D = H * C, with channels side by side in memory. A lane owns `EACH`
+neighbouring channels, and neighbouring lanes own neighbouring ones: shifts are read and results written
+several at once, what depends on the query only is shared, and of one row a warp reads one or two cache
+lines. Channels whose shifts differ find the other rows in the L1 and L2 caches, where the neighbouring
+queries have put them.
 
-In the backward each lane walks `TIME` queries in order and keeps the gradient of the near row in a register.
-Where shifts change slowly, the far row of the next query is that very row; where they reach beyond `first`,
-all rows are. So a query costs one addition to memory there, not two, or none. The additions are atomic. With
-`torch.use_deterministic_algorithms` one lane walks the whole sequence instead and adds alone, always in the
-same order: no atomics, and less in parallel.
+In the backward each lane walks `SPAN` queries in order, and what it adds to memory is what costs. So
+gradients of the last four rows are summed up in registers, as are those of the first row that may be read,
+which stands for all before it: near shifts cost one addition to memory per row, shifts beyond `first` none.
+With an origin of its own a query may be anywhere; then the near row's gradient is kept in a register until
+another row is the near one. The additions are atomic. With `torch.use_deterministic_algorithms` one lane
+walks the whole sequence instead and adds alone, always in the same order: no atomics, and less in parallel.
 
 With TRITON_INTERPRET=1 in the environment Triton runs the same code on CPU tensors, slowly, for tests.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,10 +29,14 @@ from starlm.errors import InputError
 
 # Stands in for infinite shifts: exact in fp32, and `origin - FAR - 1` stays inside int32. So S must be less.
 FAR = tl.constexpr(2**30)
-# Queries and channels of one program: a channel for each lane of 4 warps, and queries enough for their loads
-# to hide each other's latency without running short of registers.
-TIME, LANES, WARPS = 16, 128, 4
+# Of a program that reads: queries, lanes side by side, warps, and channels of each lane, where a head has a
+# multiple of these. Many queries and few lanes find more of the rows in the L1 cache.
+TIME, LANES, WARPS, EACH = 32, 32, 4, 2
+# Of a program that scatters: queries and channels of each lane.
+SPAN, SCATTER_EACH = 16, 2
 INTERPRETED = knobs.runtime.interpret
+# GPUs convert NaN to 0, numpy to the least integer.
+NAN_IS_ZERO = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -37,7 +45,7 @@ def _bounds(first, past, batch, time, rows, length):
     last = time
     if past is not None:
         last += tl.minimum(tl.maximum(tl.load(past + batch), 0), rows - 1).to(tl.int32)
-    last = tl.minimum(last, rows - 1)
+        last = tl.minimum(last, rows - 1)
     start = last * 0
     if first is not None:
         start = tl.minimum(tl.maximum(tl.load(first + batch * length + time), 0), last).to(tl.int32)
@@ -45,11 +53,11 @@ def _bounds(first, past, batch, time, rows, length):
 
 
 @triton.jit
-def _origin(origin, batch, time, column, last, length, width, channels):
+def _origin(origin, batch, time, column, last, length, width, CHANNELS: tl.constexpr):
     """The row that shift 0 reads; -1 for none."""
-    row = last + column * 0
+    row = last
     if origin is not None:
-        head = (batch * length + time) * (width // channels) + column // channels
+        head = (batch * length + time) * (width // CHANNELS) + column // CHANNELS
         row = tl.minimum(tl.maximum(tl.load(origin + head), -1), FAR - 1).to(tl.int32)
     return row
 
@@ -57,15 +65,28 @@ def _origin(origin, batch, time, column, last, length, width, channels):
 @triton.jit
 def _locate(shift, origin, start, last):
     """Rows to read (near, far) and weight of the far one."""
+    # NaN stays NaN. Beyond FAR both rows are the same one, so the fraction is moot.
+    if shift.dtype == tl.float64:
+        # Which has no instruction for it.
+        shift = tl.where(shift > FAR, 1.0 * FAR, tl.where(shift < -FAR, -1.0 * FAR, shift))
+    else:
+        shift = tl.clamp(shift, -1.0 * FAR, 1.0 * FAR, propagate_nan=tl.PropagateNan.ALL)
     whole = tl.floor(shift)
-    reach = tl.minimum(tl.maximum(whole, -FAR), FAR)
-    known = shift == shift
-    # Beyond FAR both rows are the same one, so the fraction is moot; NaN must stay NaN.
-    fraction = tl.where(reach == whole, shift - whole, tl.where(known, 0.0, shift))
-    row = origin - tl.where(known, reach, 0.0).to(tl.int32)
+    fraction = shift - whole
+    if not NAN_IS_ZERO:
+        whole = tl.where(whole == whole, whole, 0.0)
+    row = origin - whole.to(tl.int32)
     near = tl.minimum(tl.maximum(row, start), last)
     far = tl.minimum(tl.maximum(row - 1, start), last)
     return near, far, fraction
+
+
+@triton.jit
+def _offset(row, stride, WIDE: tl.constexpr):
+    """Of a row within its batch row; in 32 bits where all of them fit."""
+    if WIDE:
+        row = row.to(tl.int64)
+    return row * stride
 
 
 @triton.jit
@@ -84,6 +105,106 @@ def _store(pointers, x, mask):
     tl.store(pointers, x, mask=mask)
 
 
+@triton.jit
+def _flush(target, stride, row, amount, inside, wanted, WIDE: tl.constexpr, ATOMIC: tl.constexpr):
+    """Add what lanes have summed up of one row, with one wide instruction each, where it is not nothing."""
+    some = tl.max((amount != 0).to(tl.int32), axis=1, keep_dims=True)
+    mask = inside & (tl.where(wanted & (row >= 0), some, 0) > 0)
+    _add(target + _offset(row, stride, WIDE), amount, mask, ATOMIC)
+
+
+@triton.jit
+def _collect(
+    target,
+    stride,
+    near,
+    far,
+    d,
+    fraction,
+    top,
+    inside,
+    row0,
+    row1,
+    row2,
+    row3,
+    edge,
+    WIDE: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """Gradients of the window's rows, `top` first, and of the edge, for the next query, after this one's."""
+    apart = far != near
+    further = d * fraction
+    nearer = d - further
+    # Where both rows are one, it gets both shares as the near one.
+    nearer = tl.where(apart, nearer, nearer + further)
+    further = tl.where(apart, further, 0.0)
+    row0 = tl.where(near == top, row0 + nearer, row0)
+    row1 = tl.where(near == top, row1 + further, row1)
+    row1 = tl.where(near == top - 1, row1 + nearer, row1)
+    row2 = tl.where(near == top - 1, row2 + further, row2)
+    row2 = tl.where(near == top - 2, row2 + nearer, row2)
+    row3 = tl.where(near == top - 2, row3 + further, row3)
+    row3 = tl.where(near == top - 3, row3 + nearer, row3)
+    # Of one warp this is asked fast; and it saves much where no shift is far.
+    if tl.min(tl.min(near, axis=1), axis=0) < top - 2:
+        before = inside & (near < top - 3)
+        beyond = inside & (near < top - 2) & (far >= 0)
+        # Before the window both rows are one at the edge only.
+        edge = tl.where(before & (far == near), edge + nearer, edge)
+        _add(target + _offset(near, stride, WIDE), nearer, before & apart, ATOMIC)
+        _add(target + _offset(far, stride, WIDE), further, beyond & apart, ATOMIC)
+    _flush(target, stride, top - 3, row3, inside, True, WIDE, ATOMIC)
+    return tl.zeros_like(row0), row0, row1, row2, edge
+
+
+@triton.jit
+def _collected(
+    target,
+    stride,
+    top,
+    inside,
+    row1,
+    row2,
+    row3,
+    edge,
+    edge_row,
+    WIDE: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """Add to memory what `_collect` has left, `top` being the row behind the last query's own."""
+    _flush(target, stride, top - 1, row1, inside, True, WIDE, ATOMIC)
+    _flush(target, stride, top - 2, row2, inside, True, WIDE, ATOMIC)
+    _flush(target, stride, top - 3, row3, inside, True, WIDE, ATOMIC)
+    _flush(target, stride, edge_row, edge, inside, True, WIDE, ATOMIC)
+
+
+@triton.jit
+def _keep(
+    target,
+    stride,
+    near,
+    far,
+    d,
+    fraction,
+    exists,
+    kept,
+    total,
+    WIDE: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """The near row and its gradient; that of the row kept so far goes to memory, if it is another."""
+    apart = exists & (far != near)
+    further = d * fraction
+    # Where both rows are one, it gets both shares as the near one.
+    nearer = d - further + tl.where(far == near, further, 0.0)
+    total += tl.where(apart & (far == kept), further, 0.0)
+    _add(target + _offset(far, stride, WIDE), further, apart & (far != kept), ATOMIC)
+    moves = exists & (near != kept)
+    _add(target + _offset(kept, stride, WIDE), total, moves & (kept >= 0), ATOMIC)
+    total = tl.where(moves, 0.0, total) + tl.where(exists, nearer, 0.0)
+    return tl.where(moves, near, kept), total
+
+
 @triton.jit(do_not_specialize=["rows", "length"])
 def _forward(
     values,
@@ -99,32 +220,40 @@ def _forward(
     rows,
     length,
     width,
-    channels,
+    CHANNELS: tl.constexpr,
     EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
     TIME: tl.constexpr,
     LANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     # Channels run fastest, then time: programs that run together read neighbouring rows. So do lanes, which
     # is why both stand in one dimension: of two Triton 3.6 would give neighbouring lanes neighbouring rows.
-    program, place = tl.program_id(0), tl.arange(0, TIME * LANES)
-    blocks, spans = (width + LANES - 1) // LANES, (length + TIME - 1) // TIME
-    column = (program % blocks) * LANES + place % LANES
+    program, place = tl.program_id(0), tl.arange(0, TIME * LANES)[:, None]
+    lanes = width // EACH
+    blocks, spans = (lanes + LANES - 1) // LANES, (length + TIME - 1) // TIME
+    lane = (program % blocks) * LANES + place % LANES
     time = (program // blocks % spans) * TIME + place // LANES
     batch = (program // blocks // spans).to(tl.int64)
-    inside = column < width
-    # What lies beyond the end repeats the last query and channel, so that no load needs a mask. It also hides
-    # from the compiler that channels are contiguous: it would give each lane 8 of them, for the loads of
+    inside = lane < lanes
+    # What lies beyond the end repeats the last query and lane, so that no load needs a mask. It also hides
+    # from the compiler that lanes are contiguous: it would give each of them 8 channels, for the loads of
     # `shift`, and the gather would touch up to 8 times as many cache lines at once.
-    time, column = tl.minimum(time, length - 1), tl.minimum(column, width - 1)
+    time, lane = tl.minimum(time, length - 1), tl.minimum(lane, lanes - 1)
+    column = lane * EACH + tl.arange(0, EACH)[None, :]
     start, last = _bounds(first, past, batch, time, rows, length)
-    o = _origin(origin, batch, time, column, last, length, width, channels)
-    s = tl.load(shift + batch * shift_batch + time.to(tl.int64) * shift_row + column).to(EXACT)
+    o = _origin(origin, batch, time, lane * EACH, last, length, width, CHANNELS)
+    shift += batch * shift_batch
+    values += batch * values_batch
+    out += batch * length * width
+    s = tl.load(shift + (_offset(time, shift_row, WIDE) + column)).to(EXACT)
     near, far, fraction = _locate(s, o, start, last)
-    source = values + batch * values_batch + column
-    v = tl.load(source + near.to(tl.int64) * values_row).to(EXACT)
-    w = tl.load(source + far.to(tl.int64) * values_row).to(EXACT)
-    read = tl.where(o < 0, 0.0, v + fraction * (w - v))
-    _store(out + (batch * length + time) * width + column, read, inside)
+    v = tl.load(values + (_offset(near, values_row, WIDE) + column)).to(EXACT)
+    w = tl.load(values + (_offset(far, values_row, WIDE) + column)).to(EXACT)
+    read = v + fraction * (w - v)
+    if origin is not None:
+        read = tl.where(o < 0, 0.0, read)
+    _store(out + (_offset(time, width, WIDE) + column), read, inside)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "span"])
@@ -147,51 +276,88 @@ def _backward(
     rows,
     length,
     width,
-    channels,
+    CHANNELS: tl.constexpr,
     EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
     ATOMIC: tl.constexpr,
     LANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     program = tl.program_id(0)
-    blocks, spans = (width + LANES - 1) // LANES, (length + span - 1) // span
-    column = (program % blocks) * LANES + tl.arange(0, LANES)
+    lanes = width // EACH
+    blocks, spans = (lanes + LANES - 1) // LANES, (length + span - 1) // span
+    lane = (program % blocks) * LANES + tl.arange(0, LANES)[:, None]
     begin = (program // blocks % spans) * span
     batch = (program // blocks // spans).to(tl.int64)
-    inside = column < width
-    column = tl.minimum(column, width - 1)
+    inside = lane < lanes
+    lane = tl.minimum(lane, lanes - 1)
+    column = lane * EACH + tl.arange(0, EACH)[None, :]
 
     grad += batch * grad_batch
     shift += batch * shift_batch
     dshift += batch * length * width
-    source = values + batch * values_batch + column
+    values += batch * values_batch
     target = dvalues + batch * rows * width + column
-    # The row whose gradient is at hand, not in memory yet; -1 for none.
-    kept = tl.full([LANES], -1, tl.int32)
-    total = tl.full([LANES], 0.0, EXACT)
-    for step in range(tl.minimum(span, length - begin)):
+    # With an origin: the row whose gradient is at hand, not in memory yet; -1 for none.
+    kept = tl.full([LANES, EACH], -1, tl.int32)
+    total = tl.full([LANES, EACH], 0.0, EXACT)
+    # Without: gradients of the window's rows, the query's own first, and of the first row that may be read.
+    row0, row1, row2, row3, edge = total, total, total, total, total
+    edge_row, _ = _bounds(first, past, batch, begin, rows, length)
+    top = begin
+    if past is not None:
+        top += tl.minimum(tl.maximum(tl.load(past + batch), 0), rows - 1).to(tl.int32)
+    end = tl.minimum(begin + span, length)
+    # Each query's inputs are loaded while the one before it is computed.
+    s = tl.load(shift + (_offset(begin, shift_row, WIDE) + column))
+    dy = tl.load(grad + (_offset(begin, grad_row, WIDE) + column))
+    for step in range(end - begin):
         time = begin + step
-        row = time.to(tl.int64)
+        s, dy = s.to(EXACT), dy.to(EXACT)
         start, last = _bounds(first, past, batch, time, rows, length)
-        o = _origin(origin, batch, time, column, last, length, width, channels)
-        exists = inside & (o >= 0)
-        s = tl.load(shift + row * shift_row + column).to(EXACT)
-        dy = tl.load(grad + row * grad_row + column).to(EXACT)
+        o = _origin(origin, batch, time, lane * EACH, last, length, width, CHANNELS)
         near, far, fraction = _locate(s, o, start, last)
-        v = tl.load(source + near.to(tl.int64) * values_row).to(EXACT)
-        w = tl.load(source + far.to(tl.int64) * values_row).to(EXACT)
-        _store(dshift + row * width + column, tl.where(o < 0, 0.0, dy * (w - v)), inside)
+        v = tl.load(values + (_offset(near, values_row, WIDE) + column)).to(EXACT)
+        w = tl.load(values + (_offset(far, values_row, WIDE) + column)).to(EXACT)
+        then = tl.minimum(time + 1, end - 1)
+        next_s = tl.load(shift + (_offset(then, shift_row, WIDE) + column))
+        next_dy = tl.load(grad + (_offset(then, grad_row, WIDE) + column))
+        ds = dy * (w - v)
+        if origin is not None:
+            ds = tl.where(o < 0, 0.0, ds)
+        _store(dshift + (_offset(time, width, WIDE) + column), ds, inside)
 
-        further = dy * fraction
-        # Where both rows are one, it gets both shares as the near one.
-        nearer = dy - further + tl.where(far == near, further, 0.0)
-        apart = exists & (far != near)
-        total += tl.where(apart & (far == kept), further, 0.0)
-        _add(target + far.to(tl.int64) * width, further, apart & (far != kept), ATOMIC)
-        moves = exists & (near != kept)
-        _add(target + kept.to(tl.int64) * width, total, moves & (kept >= 0), ATOMIC)
-        total = tl.where(moves, 0.0, total) + tl.where(exists, nearer, 0.0)
-        kept = tl.where(moves, near, kept)
-    _add(target + kept.to(tl.int64) * width, total, kept >= 0, ATOMIC)
+        if origin is not None:
+            exists = inside & (o >= 0)
+            kept, total = _keep(target, width, near, far, dy, fraction, exists, kept, total, WIDE, ATOMIC)
+        else:
+            if first is not None:
+                moved = start != edge_row
+                _flush(target, width, edge_row, edge, inside, moved, WIDE, ATOMIC)
+                edge, edge_row = tl.where(moved, 0.0, edge), start
+            row0, row1, row2, row3, edge = _collect(
+                target,
+                width,
+                near,
+                far,
+                dy,
+                fraction,
+                top,
+                inside,
+                row0,
+                row1,
+                row2,
+                row3,
+                edge,
+                WIDE,
+                ATOMIC,
+            )
+        top += 1
+        s, dy = next_s, next_dy
+    if origin is not None:
+        _add(target + _offset(kept, width, WIDE), total, kept >= 0, ATOMIC)
+    else:
+        _collected(target, width, top, inside, row1, row2, row3, edge, edge_row, WIDE, ATOMIC)
 
 
 def forward(
@@ -206,7 +372,9 @@ def forward(
     out = torch.empty(shift.shape, dtype=values.dtype, device=values.device)
     inputs = _lanes(values), _lanes(shift)
     arguments = *inputs, *_indices(origin, first, past), out, *_strides(*inputs)
-    _launch(_forward, arguments, values, shift, TIME, TIME=TIME)
+    wide = _wide(*inputs, _lanes(out))
+    options = {"TIME": TIME, "WIDE": wide, "EACH": EACH, "LANES": LANES}
+    _launch(_forward, arguments, values, shift, TIME, WARPS, **options)
     return out
 
 
@@ -221,31 +389,64 @@ def backward(
     """Gradients of `forward` with respect to values and shift, each in its input's dtype."""
     _check(values)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    span = max(shift.shape[1], 1) if deterministic else TIME
+    span = max(shift.shape[1], 1) if deterministic else SPAN
     dvalues = torch.zeros(values.shape, dtype=_exact(values, shift), device=values.device)
     dshift = torch.empty(shift.shape, dtype=shift.dtype, device=shift.device)
     inputs = _lanes(grad), _lanes(values), _lanes(shift)
     arguments = *inputs, *_indices(origin, first, past), dvalues, dshift, *_strides(*inputs), span
-    _launch(_backward, arguments, values, shift, span, ATOMIC=not deterministic)
+    wide = _wide(*inputs, _lanes(dvalues), _lanes(dshift))
+    # A program is one warp: see `_collect`.
+    options = {"ATOMIC": not deterministic, "WIDE": wide, "LANES": 32}
+    options |= {"EACH": _scatter_each(SCATTER_EACH, wide, deterministic)}
+    _launch(_backward, arguments, values, shift, span, 1, **options)
     return dvalues.to(values.dtype), dshift
 
 
 def _launch(
-    kernel: Any, arguments: tuple, values: Tensor, shift: Tensor, queries: int, **options: Any
+    kernel: Any,
+    arguments: tuple,
+    values: Tensor,
+    shift: Tensor,
+    queries: int,
+    warps: int,
+    *,
+    LANES: int,
+    EACH: int,
+    **options: Any,
 ) -> None:
-    """Run a kernel on all channels and queries, so many queries to a program."""
+    """Run a kernel on all channels and queries, so many queries and warps to a program."""
     batch, length, heads, channels = shift.shape
     if not shift.numel():
         return
-    width = heads * channels
+    width, each = heads * channels, _each(channels, EACH)
     # One dimension: the others end at 65535.
-    grid = (batch * -(-length // queries) * -(-width // LANES),)
-    sizes = values.shape[1], length, width, channels
+    grid = (batch * -(-length // queries) * -(-width // (LANES * each)),)
+    sizes = values.shape[1], length, width
     exact = tl.float64 if _exact(values, shift) == torch.float64 else tl.float32
+    options |= {"CHANNELS": channels, "EXACT": exact, "LANES": LANES, "EACH": each}
     # Without fused multiply-adds every result but a sum is the reference's to the last bit.
-    options |= {"EXACT": exact, "LANES": LANES, "num_warps": WARPS, "enable_fp_fusion": False}
+    options |= {"num_warps": warps, "enable_fp_fusion": False}
     with torch.cuda.device_of(values):
         kernel[grid](*arguments, *sizes, **options)
+
+
+def _each(channels: int, most: int) -> int:
+    """Channels of one lane, which must not be of two heads."""
+    return math.gcd(channels, most)
+
+
+def _scatter_each(each: int, wide: bool, deterministic: bool) -> int:
+    """Channels of one lane that scatters.
+
+    Triton may spread several over the lanes in one way for loads and in another for stores, which must not be
+    without atomics; and with wide places version 3.6 fails to compile them.
+    """
+    return 1 if wide or deterministic else each
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether places within a batch row of one of these [B, S, D] need more than 32 bits."""
+    return any((x.shape[1] - 1) * x.stride(1) + x.shape[2] > 2**31 for x in tensors)
 
 
 def _check(values: Tensor) -> None:

@@ -26,11 +26,12 @@ import triton
 from torch import Tensor
 
 from starlm.ops import triton_mix_kernels as kernels
-from starlm.ops.triton import _check, _indices, _lanes
+from starlm.ops.triton import _check, _each, _indices, _lanes, _scatter_each, _wide
 
 NOW, ANCHORED, BOX = kernels.NOW.value, kernels.ANCHORED.value, kernels.BOX.value
-# Queries of one program that reads, few enough for many to share the registers, and of one that scatters.
-TIME, SPAN = 8, 16
+# Of a program that reads, and of one that scatters, as in `starlm.ops.triton`.
+TIME, LANES, WARPS, EACH = 32, 32, 4, 2
+SPAN, SCATTER_EACH = 16, 2
 # Elements of a tile of one head's rows; more where they are summed up, so that fewer blocks are left to scan.
 TILE, BLOCK_TILE = 2048, 4096
 # Blocks and columns of one step of the scan over blocks.
@@ -61,9 +62,10 @@ def forward(
     for piece in pieces_of(values, near, boxes, {BOX: PIECE}):
         v, s, y, *g = (piece.cut(x) for x in tensors)
         source, scale = piece.source(v)
-        inputs = source, scale, s, *(g or [None])
-        arguments = *inputs, *piece.rows_of(origin, first), y, *_strides(*inputs, y)
-        piece.by_lanes(kernels._forward, TIME, *arguments, furthest=furthest, TIME=TIME)
+        inputs = s, *(g or [None])
+        arguments = source, scale, *inputs, *piece.rows_of(origin, first), y, *_strides(source, *inputs, y)
+        options = {"furthest": furthest, "WIDE": _wide(source, s, y, *g), "TIME": TIME}
+        piece.by_lanes(kernels._forward, TIME, LANES, WARPS, EACH, *arguments, **options)
     return out
 
 
@@ -97,8 +99,13 @@ def backward(
         dread = piece.accumulator(room)
         inputs = dy, source, scale, s, g
         span = piece.length if deterministic else SPAN
-        arguments = *inputs, *piece.rows_of(origin, first), dread, ds, dg, *_strides(*inputs, ds), span
-        piece.by_lanes(kernels._backward, span, *arguments, furthest=furthest, ATOMIC=not deterministic)
+        strides = *_strides(dy, source, s, g, ds), span
+        arguments = *inputs, *piece.rows_of(origin, first), dread, ds, dg, *strides
+        wide = _wide(dy, source, s, dread, ds, *gates)
+        options = {"furthest": furthest, "WIDE": wide, "ATOMIC": not deterministic}
+        each = _scatter_each(SCATTER_EACH, wide, deterministic)
+        # A program is one warp: see `_collect`.
+        piece.by_lanes(kernels._backward, span, 32, 1, each, *arguments, **options)
         sums = piece.kind == BOX
         totals = piece.totals(dread, REVERSE=True) if sums else None
         arguments = dread, totals, v, dv, *_strides(v, dv)
@@ -150,13 +157,14 @@ class Piece:
         return room[: self.room].view(dtype).view(*self.shape[:2], self.width)
 
     def source(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the kernels read from: values, with the scales of their rows [B, T, H]; or prefix sums."""
+        """What the kernels read from: values, with the scales of their rows [B, H, T]; or prefix sums."""
         if self.kind == BOX:
             sums = torch.empty(values.shape, dtype=torch.float64, device=values.device)
             totals = self.totals(values, REVERSE=False)
             self.by_tiles(kernels._sums, values, totals, sums, *_strides(values))
             return sums, None
-        scale = torch.empty(self.shape, device=values.device)
+        batch, length, heads = self.shape
+        scale = torch.empty(batch, heads, length, device=values.device)
         self.by_tiles(kernels._scales, values, scale, *_strides(values))
         return values, scale
 
@@ -183,13 +191,22 @@ class Piece:
         programs = batch * heads * -(-self.length // rows)
         _launch(kernel, programs, 4, *arguments, self.length, heads, **options)
 
-    def by_lanes(self, kernel: Any, queries: int, *arguments: Any, furthest: float, **options: Any) -> None:
-        """Run a kernel on all channels and queries, so many queries to a program."""
-        # Of two sizes the one that leaves fewer lanes idle.
-        lanes = 64 if 0 < self.width % 128 <= 64 else 128
-        options |= {"CHANNELS": self.channels, "KIND": self.kind, "LANES": lanes}
-        programs = self.shape[0] * -(-self.length // queries) * -(-self.width // lanes)
-        _launch(kernel, programs, lanes // 32, *arguments, self.length, self.width, furthest, **options)
+    def by_lanes(
+        self,
+        kernel: Any,
+        queries: int,
+        lanes: int,
+        warps: int,
+        each: int,
+        *arguments: Any,
+        furthest: float,
+        **options: Any,
+    ) -> None:
+        """Run a kernel on all channels and queries, so many queries, lanes and warps to a program."""
+        each = _each(self.channels, each)
+        options |= {"CHANNELS": self.channels, "KIND": self.kind, "LANES": lanes, "EACH": each}
+        programs = self.shape[0] * -(-self.length // queries) * -(-self.width // (lanes * each))
+        _launch(kernel, programs, warps, *arguments, self.length, self.width, furthest, **options)
 
 
 def pieces_of(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) -> Iterator[Piece]:

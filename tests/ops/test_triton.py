@@ -59,9 +59,14 @@ def build(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def compile(kernel, target, dtype="bf16", indices="i64", **constants):
+    def compile(kernel, target, dtype="bf16", indices="i64", wide=False, **constants):
         exact = "fp64" if dtype == "fp64" else "fp32"
-        constants |= {"EXACT": tl.float64 if exact == "fp64" else tl.float32, "LANES": kernels.LANES}
+        reads = kernel == "_forward"
+        constants |= {"EXACT": tl.float64 if exact == "fp64" else tl.float32, "WIDE": wide, "CHANNELS": 64}
+        constants |= {"TIME": kernels.TIME, "LANES": kernels.LANES if reads else 32}
+        alone = constants.get("ATOMIC") is False
+        scatter = kernels._scatter_each(kernels.SCATTER_EACH, wide, alone)
+        constants |= {"EACH": kernels.EACH if reads else scatter}
         constants |= {} if indices else dict.fromkeys(("origin", "first", "past"))
         types = dict.fromkeys(("values", "shift", "grad", "out", "dshift"), f"*{dtype}")
         types |= dict.fromkeys(("origin", "first", "past"), f"*{indices}") | {"dvalues": f"*{exact}"}
@@ -77,7 +82,7 @@ def build(monkeypatch, tmp_path):
             for place, name in enumerate(kernel.arg_names)
             if signature[name] != "constexpr" and name not in ("rows", "length", "span")
         }
-        options = {"num_warps": kernels.WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": kernels.WARPS if reads else 1, "enable_fp_fusion": False}
         source = ASTSource(kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget(*target), options=options).asm
 
@@ -85,25 +90,45 @@ def build(monkeypatch, tmp_path):
 
 
 KERNELS = {
-    "forward": ("_forward", {"TIME": 16}),
+    "forward": ("_forward", {}),
     "backward": ("_backward", {"ATOMIC": True}),
     "deterministic": ("_backward", {"ATOMIC": False}),
 }
 
 
+@pytest.mark.parametrize("indices", ["i64", ""])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_code_for_gpus(build, kernel):
+def test_code_for_gpus(build, kernel, indices):
     name, constants = KERNELS[kernel]
-    stages = build(name, NVIDIA, **constants)
+    stages = build(name, NVIDIA, indices=indices, **constants)
     # A program has one number: the other dimensions of a grid end at 65535.
     assert set(re.findall(r"tt\.get_program_id (\w)", stages["ttir"])) == {"x"}
-    # One channel a lane, in one layout: what a lane adds to memory, it alone and in order.
-    layouts = re.findall(r"sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]", stages["ttgir"])
-    assert layouts == [("1", "32")]
-    assert "convert_layout" not in stages["ttgir"]
+    one_place_per_lane(stages)
     assert ("tt.atomic_rmw" in stages["ttir"]) == (kernel == "backward")
-    # No product of two sizes in 32 bits, but where the span of a program begins, which is below T.
-    assert narrow_products(stages["ttir"]) == (0 if kernel == "forward" else 1)
+    if kernel == "forward":
+        assert "ld.global.b32" in stages["ptx"], "neighbouring channels are not loaded at once"
+    if kernel == "backward" and not indices:
+        assert "add.v2.f32" in stages["ptx"], "neighbouring channels are not added at once"
+
+
+def one_place_per_lane(stages):
+    """Neighbouring lanes own neighbouring channels; what a lane adds without atomics, it adds alone."""
+    layouts = re.findall(r"sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]", stages["ttgir"])
+    assert ("1, 1", "32, 1") in layouts
+    assert set(layouts) <= {("1, 1", "32, 1"), ("1, 2", "32, 1"), ("1, 1", "16, 2")}
+    if "tt.atomic_rmw" not in stages["ttgir"]:
+        assert ("1, 1", "16, 2") not in layouts
+    # A lane's channels may be named in two ways, but nothing goes through shared memory.
+    assert not re.search(r"(ld|st)\.shared|bar\.sync", stages["ptx"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_wide_places_have_no_narrow_product(build, kernel):
+    name, constants = KERNELS[kernel]
+    # But where the span of a program begins, which is below T.
+    wanted = 0 if kernel == "forward" else 1
+    assert narrow_products(build(name, NVIDIA, wide=True, **constants)["ttir"]) == wanted
+    assert narrow_products(build(name, NVIDIA, wide=False, **constants)["ttir"]) > wanted
 
 
 def narrow_products(ttir):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted, narrow_products
+from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted, narrow_products, one_place_per_lane
 
 TESTS = "interpreted_triton_mix.py"
 
@@ -32,10 +32,14 @@ def build(monkeypatch, tmp_path):
     def compile(kernel, target, dtype="bf16", full=True, channels=64, **constants):
         box = constants.get("KIND") == host.BOX
         columns = triton.next_power_of_2(channels)
+        wide, alone = constants.get("WIDE", False), constants.get("ATOMIC") is False
+        scatter = host._scatter_each(host.SCATTER_EACH, wide, alone)
         constants |= {
             "CHANNELS": channels,
-            "LANES": 128,
+            "LANES": host.LANES if kernel == "_forward" else 32,
+            "EACH": host.EACH if kernel == "_forward" else scatter,
             "TIME": host.TIME,
+            "WIDE": wide,
             "ROWS": host.TILE // columns,
             "COLUMNS": host.COLUMNS if kernel == "_scan" else columns,
             "BLOCKS": host.BLOCKS,
@@ -44,7 +48,7 @@ def build(monkeypatch, tmp_path):
         absent = {"origin": constants.get("KIND") != host.ANCHORED, "scale": box}
         absent |= dict.fromkeys(("gate", "dgate", "first"), not full)
         absent |= {"totals": constants.get("SUMS") is False}
-        kernel = getattr(kernels, kernel)
+        name, kernel = kernel, getattr(kernels, kernel)
         constants |= {name: None for name, is_absent in absent.items() if is_absent}
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         types = dict.fromkeys(("values", "shift", "gate", "grad", "out", "dvalues", "dshift", "dgate"), dtype)
@@ -55,14 +59,14 @@ def build(monkeypatch, tmp_path):
         signature |= {"furthest": "fp32"} if "furthest" in signature else {}
         signature |= dict.fromkeys(constants, "constexpr")
         # As the launcher marks them for the usual sizes.
-        unmarked = ("length", "span", "blocks", "heads", "scale_batch", "scale_row", "furthest")
+        unmarked = ("length", "span", "blocks", "heads", "furthest")
         attributes = {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(kernel.arg_names)
             if signature[name] != "constexpr" and name not in unmarked
         }
         source = ASTSource(kernel, signature, constants, attributes)
-        options = {"num_warps": 4, "enable_fp_fusion": True}
+        options = {"num_warps": 1 if name == "_backward" else 4, "enable_fp_fusion": True}
         return triton.compile(source, target=GPUTarget(*target), options=options).asm
 
     return compile
@@ -93,13 +97,11 @@ def test_lanes_for_gpus(build, kernel):
     name, constants = LANES[kernel]
     stages = build(name, NVIDIA, **constants)
     assert set(re.findall(r"tt\.get_program_id (\w)", stages["ttir"])) == {"x"}
-    # One channel a lane, in one layout: what a lane adds to memory, it alone and in order.
-    layouts = re.findall(r"sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]", stages["ttgir"])
-    assert layouts == [("1", "32")]
-    assert "convert_layout" not in stages["ttgir"]
+    one_place_per_lane(stages)
     assert ("tt.atomic_rmw" in stages["ttir"]) == ("backward" in kernel)
     # No product of two sizes in 32 bits, but where the span of a program begins, which is below T.
-    assert narrow_products(stages["ttir"]) == (0 if name == "_forward" else 1)
+    wide = build(name, NVIDIA, **constants, WIDE=True)
+    assert narrow_products(wide["ttir"]) == (0 if name == "_forward" else 1)
 
 
 @pytest.mark.parametrize("channels", [64, 48])
