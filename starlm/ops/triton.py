@@ -31,7 +31,7 @@ from starlm.errors import InputError
 FAR = tl.constexpr(2**30)
 # Of a program that reads: queries, lanes side by side, warps, and channels of each lane, where a head has a
 # multiple of these. Many queries and few lanes find more of the rows in the L1 cache.
-TIME, LANES, WARPS, EACH = 32, 32, 4, 2
+TIME, LANES, WARPS, EACH = 32, 16, 4, 4
 # Of a program that scatters: queries and channels of each lane.
 SPAN, SCATTER_EACH = 16, 2
 INTERPRETED = knobs.runtime.interpret

@@ -30,10 +30,10 @@ from starlm.ops.triton import _check, _each, _indices, _lanes, _scatter_each, _w
 
 NOW, ANCHORED, BOX = kernels.NOW.value, kernels.ANCHORED.value, kernels.BOX.value
 # Of a program that reads, and of one that scatters, as in `starlm.ops.triton`.
-TIME, LANES, WARPS, EACH = 32, 32, 4, 2
+TIME, LANES, WARPS, EACH = 16, 32, 4, 4
 SPAN, SCATTER_EACH = 16, 2
-# Elements of a tile of one head's rows; more where they are summed up, so that fewer blocks are left to scan.
-TILE, BLOCK_TILE = 2048, 4096
+# Elements of a tile of one head's rows.
+TILE = 4096
 # Blocks and columns of one step of the scan over blocks.
 BLOCKS, COLUMNS = 128, 32
 # Elements of fp32 that are added to at once: they are to stay in the L2 cache, and to keep a GPU busy.
@@ -181,7 +181,7 @@ class Piece:
     def tile(self) -> tuple[int, int]:
         """Rows and columns of a tile, which is a head wide."""
         columns = triton.next_power_of_2(self.channels)
-        return max(1, (BLOCK_TILE if self.kind == BOX else TILE) // columns), columns
+        return max(1, TILE // columns), columns
 
     def by_tiles(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """Run a kernel on all rows of all heads."""

@@ -82,7 +82,7 @@ def test_pieces_and_blocks_change_nothing(deterministic, monkeypatch):
     inputs, options = problem(2, 9, 2, 2, 2)
     compare(inputs, options)
     monkeypatch.setattr(host, "PIECE", 9 * 3 * 2)
-    for name, size in {"TILE": 8, "BLOCK_TILE": 8, "BLOCKS": 2, "COLUMNS": 4, "TIME": 4, "SPAN": 2}.items():
+    for name, size in {"TILE": 8, "BLOCKS": 2, "COLUMNS": 4, "TIME": 4, "SPAN": 2}.items():
         monkeypatch.setattr(host, name, size)
     pieces = list(host.pieces_of(inputs["values"], 2, 2, dict.fromkeys((0, 1, 2), host.PIECE)))
     # Both heads of kind now or anchored of one batch row, or one box head, whose sums are twice as large.
