@@ -127,8 +127,9 @@ def long(device: str, length: int) -> None:
 
 
 def not_a_number(device: str, length: int) -> None:
-    values, shift, options = problem(device, min(length, 129), torch.float32)
-    compare(values, torch.where(torch.rand_like(shift) < 0.1, torch.nan, shift), **options)
+    for dtype in DTYPES:
+        values, shift, options = problem(device, min(length, 129), dtype)
+        compare(values, torch.where(torch.rand_like(shift) < 0.1, torch.nan, shift), **options)
 
 
 def strided(device: str, length: int) -> None:

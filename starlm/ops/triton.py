@@ -35,7 +35,7 @@ TIME, LANES, WARPS, EACH = 32, 16, 4, 4
 # Of a program that scatters: queries and channels of each lane.
 SPAN, SCATTER_EACH = 16, 2
 INTERPRETED = knobs.runtime.interpret
-# GPUs convert NaN to 0, numpy to the least integer.
+# NVIDIA GPUs convert NaN in fp32 to 0; numpy, and they in fp64, to the least integer.
 NAN_IS_ZERO = tl.constexpr(not INTERPRETED)
 
 
@@ -73,7 +73,7 @@ def _locate(shift, origin, start, last):
         shift = tl.clamp(shift, -1.0 * FAR, 1.0 * FAR, propagate_nan=tl.PropagateNan.ALL)
     whole = tl.floor(shift)
     fraction = shift - whole
-    if not NAN_IS_ZERO:
+    if not NAN_IS_ZERO or shift.dtype == tl.float64:
         whole = tl.where(whole == whole, whole, 0.0)
     row = origin - whole.to(tl.int32)
     near = tl.minimum(tl.maximum(row, start), last)

@@ -125,6 +125,14 @@ def one_place_per_lane(stages):
     assert not re.search(r"(ld|st)\.shared|bar\.sync", stages["ptx"])
 
 
+def test_a_shift_of_nan_is_guarded_where_the_gpu_does_not(build):
+    """An NVIDIA GPU makes 0 of NaN in fp32 by itself, of one in fp64 the least integer."""
+    guarded = {
+        dtype: "cmpf oeq" in build("_forward", NVIDIA, dtype=dtype)["ttir"] for dtype in ("fp32", "fp64")
+    }
+    assert guarded == {"fp32": False, "fp64": True}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_wide_places_have_no_narrow_product(build, kernel):
     name, constants = KERNELS[kernel]
