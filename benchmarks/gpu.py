@@ -3,6 +3,7 @@
     python -m benchmarks.gpu check     every promise of `deform`, at real sizes; exit code 1 if one is broken
     python -m benchmarks.gpu bench     the table, and benchmarks/results/gpu-<device>.json
     python -m benchmarks.gpu warm      compile what `bench` times of flash-linear-attention, on all cores
+    python -m benchmarks.gpu tune      our kernels with several settings, and tune-gpu-<device>.json beside it
 
 All exit with code 2 where PyTorch sees no GPU. Shapes and method of the timings are those with which
 flash-linear-attention compares its operators (median of `triton.testing.do_bench`, bf16); its Gated DeltaNet,
@@ -31,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_fla
-from benchmarks.gpu_checks import CHECKS, NotRun, compare
+from benchmarks import gpu_fla, gpu_tune
+from benchmarks.gpu_checks import CHECKS, NotRun, compare, shifted
 from benchmarks.gpu_fla import Call, Shape
 from starlm.errors import InputError, StarLMError
 from starlm.ops import deform
@@ -47,8 +48,6 @@ SHAPES = [
 ]
 # Mean shifts, in tokens: as a layer is initialised, and far.
 SHIFTS = (0.8, 50.0)
-# Mean of softplus(x), x standard normal.
-SOFTPLUS_MEAN = 0.8059
 DETERMINISTIC = f"deform, mean shift {SHIFTS[0]:g}, deterministic"
 FORWARD, BOTH = "forward", "forward+backward"
 # Tensors that must be moved at least: values, shift and out; then values, shift, grad and both gradients.
@@ -56,6 +55,7 @@ TENSORS = {FORWARD: 3, BOTH: 8}
 # What the columns are called on the command line.
 PEERS = ("deform", "attention", *gpu_fla.PEERS)
 RESULTS = Path(__file__).parent / "results"
+TUNE_SECONDS = 80.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Cell:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code of one command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("check", "bench", "warm"))
+    parser.add_argument("what", choices=("check", "bench", "warm", "tune"))
     every = range(len(SHAPES))
     listed = ", ".join(f"{number} is {'/'.join(map(str, shape))}" for number, shape in enumerate(SHAPES))
     parser.add_argument(
@@ -88,6 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--limit-seconds", type=float, default=math.inf, help="begin to compile nothing after so long (warm)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=TUNE_SECONDS, help="begin no setting after so long (tune)"
     )
     options = parser.parse_args(arguments)
     what, shapes = options.what, [SHAPES[number] for number in options.shapes]
@@ -103,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
             return check("cuda")
         if what == "bench":
             return bench("cuda", shapes, options.peers)
+        if what == "tune":
+            return tune("cuda", options.seconds)
         if not _has_fla():
             raise InputError("The package fla is missing. Run: pip install flash-linear-attention")
         names = [name for name in options.peers if name in gpu_fla.PEERS]
@@ -161,6 +166,31 @@ def bench(device: str, shapes: Sequence[Shape] = SHAPES, peers: Sequence[str] = 
         print("not measured: " + ", ".join(str(value) for value in entry.values()))
     print(path)
     return 0
+
+
+def tune(
+    device: str, seconds: float = TUNE_SECONDS, problems: Iterable[gpu_tune.Problem] | None = None
+) -> int:
+    """Time the kernels with several settings and write what was found; 1 if one of them is wrong, else 0."""
+    machine = _machine()
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()) + "\n")
+    if problems is None:
+        problems = gpu_tune.problems(device, SHAPES[1], SHIFTS, gpu_tune.LAYER_SHAPE)
+    words = [] if seconds == TUNE_SECONDS else ["--seconds", f"{seconds:g}"]
+    path = RESULTS / f"tune-gpu-{slug(machine['GPU'])}.json"
+    tried: list[gpu_tune.Tried] = []
+    for one in gpu_tune.measure(device, problems, seconds):
+        tried.append(one)
+        print(one, flush=True)
+        result = {
+            "command": " ".join(["python -m benchmarks.gpu tune", *words]),
+            "machine": machine,
+            "dtype": "bfloat16",
+            "settings": [asdict(x) for x in tried],
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(["", "Fastest:", *map(str, gpu_tune.fastest(tried)), str(path)]))
+    return 1 if any(one.why.startswith(gpu_tune.WRONG) for one in tried) else 0
 
 
 def part(shapes: Sequence[Shape], peers: Sequence[str]) -> list[str]:
@@ -264,8 +294,7 @@ def _deformers(shape: Shape, device: str) -> dict[str, Callable[[], Call]]:
     """`deform` at each mean shift, and with its deterministic backward; none is timed before it is right."""
 
     def make(mean: float) -> Call:
-        values, shift = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-        shift = torch.nn.functional.softplus(shift).mul_(mean / SOFTPLUS_MEAN)
+        values, shift = shifted(shape, mean, device)
         try:
             compare(values[:1, :, :1], shift[:1, :, :1])
         except AssertionError as error:

@@ -10,7 +10,7 @@ from benchmarks import gpu, gpu_fla
 from benchmarks.gpu_checks import NotRun, assert_close
 
 
-@pytest.mark.parametrize("what", ["check", "bench", "warm"])
+@pytest.mark.parametrize("what", ["check", "bench", "warm", "tune"])
 def test_without_a_gpu(what, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([what]) == 2
