@@ -7,6 +7,8 @@
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+# A process per core, at most eight, each with one thread: two whose threads wait for each other would be slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help install demo test test-slow test-browser check lint types fmt bench clean
 
@@ -41,14 +43,14 @@ demo: $(READY)
 	@$(BIN)/starlm demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 	@echo "Once more for torch.compile, which cannot trace the shape checks:"
-	@$(BIN)/python -m pytest -q -m "compile and not slow and not gpu"
+	@$(PYTEST) -m "compile and not slow and not gpu"
 
 # 5: no test has these markers.
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -q -m "slow and not gpu and not compile and not browser" || [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest -q -m "slow and compile and not gpu" || [ $$? -eq 5 ]
+	@$(PYTEST) -m "slow and not gpu and not compile and not browser" || [ $$? -eq 5 ]
+	@$(PYTEST) -m "slow and compile and not gpu" || [ $$? -eq 5 ]
 
 # In a real Chromium, where there is one: Debian's, or one of playwright install chromium.
 test-browser: $(READY)
