@@ -46,8 +46,8 @@ def _sigmoid(x):
 
 @triton.jit
 def _softplus(x):
-    # The logarithm of 1 + u by a polynomial, a quarter of the instructions of `tl.log`. The result is off by 1e-6
-    # of it for |x| < 20, mostly from the argument of exp2.
+    # The logarithm of 1 + u by a polynomial, a quarter of the instructions of `tl.log`. The result is off by
+    # 1e-6 of it for |x| < 20, mostly from the argument of exp2.
     u = _exp(-tl.abs(x))
     p = tl.full(u.shape, 0.0052534578, tl.float32)
     p = p * u + -0.0295885074
