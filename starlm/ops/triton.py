@@ -8,10 +8,11 @@ queries have put them.
 
 In the backward each lane walks `SPAN` queries in order, and what it adds to memory is what costs. So
 gradients of the last four rows are summed up in registers, as are those of the first row that may be read,
-which stands for all before it: near shifts cost one addition to memory per row, shifts beyond `first` none.
-With an origin of its own a query may be anywhere; then the near row's gradient is kept in a register until
-another row is the near one. The additions are atomic. With `torch.use_deterministic_algorithms` one lane
-walks the whole sequence instead and adds alone, always in the same order: no atomics, and less in parallel.
+which stands for all before it: near shifts cost one addition to memory per row, shifts beyond `first` two
+per program. With an origin of its own a query may be anywhere; then the near row's gradient is kept in a
+register until another row is the near one. The additions are atomic. With
+`torch.use_deterministic_algorithms` one lane walks the whole sequence instead and adds alone, always in the
+same order: no atomics, and less in parallel.
 
 With TRITON_INTERPRET=1 in the environment Triton runs the same code on CPU tensors, slowly, for tests.
 """

@@ -187,7 +187,7 @@ def test_deterministic_algorithms_are_honoured(monkeypatch):
 
 
 def test_additions_that_meet_in_one_row_are_merged(monkeypatch):
-    """Shifts that do not change need one addition a row, shifts beyond the first row none but the last."""
+    """Shifts that do not change need one addition a row, shifts beyond the first row two in all."""
     count = 0
     add = kernels._add.fn
 
