@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_fla, gpu_tune
-from benchmarks.gpu_checks import CHECKS, NotRun, compare, shifted
+from benchmarks.gpu_checks import CHECKS
+from benchmarks.gpu_comparisons import NotRun, compare, shifted
 from benchmarks.gpu_fla import Call, Shape
 from starlm.errors import InputError, StarLMError
 from starlm.ops import deform

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_comparisons
 from benchmarks.gpu_fla import Shape
 from starlm.bench.timing import recorded
 from starlm.nn.deformer import Deformer
@@ -78,8 +78,8 @@ class Tried:
 def problems(device: str, shape: Shape, shifts: Iterable[float], layer: Shape) -> Iterator[Problem]:
     """`deform` at these mean shifts, then the fused layer; each is made when its turn comes."""
     for mean in shifts:
-        values, shift = gpu_checks.shifted(shape, mean, device)
-        compare = partial(gpu_checks.compare, *(x[:2, :-1, :2] for x in (values, shift)))
+        values, shift = gpu_comparisons.shifted(shape, mean, device)
+        compare = partial(gpu_comparisons.compare, *(x[:2, :-1, :2] for x in (values, shift)))
         inputs = values, shift, None, None, None
         yield Problem(f"deform, mean shift {mean:g}", triton, inputs, compare, DEFORM)
     for kind in KINDS:
@@ -97,7 +97,7 @@ def _layer_problem(device: str, shape: Shape, kind: Any) -> Problem:
     origin = rows[:, :, None].expand(batch, length, anchored).contiguous()
     inputs = *by_head, origin, None, near, boxes, float("inf")
     few = tensors[:, :2, :-1]
-    compare = partial(gpu_checks.compare_read, layer, few[:3], few[3], None, {1: rows[:2, :-1]})
+    compare = partial(gpu_comparisons.compare_read, layer, few[:3], few[3], None, {1: rows[:2, :-1]})
     return Problem(f"layer, {kind} ({near}+{anchored}+{boxes})", triton_mix, inputs, compare, LAYER)
 
 

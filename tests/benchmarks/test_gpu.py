@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_fla
-from benchmarks.gpu_checks import NotRun, assert_close
+from benchmarks.gpu_comparisons import NotRun, assert_close
 
 
 @pytest.mark.parametrize("what", ["check", "bench", "warm", "tune"])
