@@ -24,13 +24,14 @@ from starlm.ops import triton, triton_mix
 FORWARD, BACKWARD = "forward", "backward"
 # What only one of the two kernels looks at; then what both do.
 ONLY = {FORWARD: ("TIME", "LANES", "WARPS", "EACH"), BACKWARD: ("SPAN", "SCATTER_EACH")}
-CONSTANTS = *ONLY[FORWARD], *ONLY[BACKWARD], "PIECE", "TILE"
+CONSTANTS = *ONLY[FORWARD], *ONLY[BACKWARD], "PIECE", "STREAMS", "TILE"
 READ = ((32, 32, 4, 2), (16, 32, 4, 2), (64, 32, 4, 2), (8, 128, 4, 2), (16, 64, 4, 2), (64, 32, 8, 2))
 READ += ((16, 32, 2, 2), (32, 32, 4, 1), (16, 32, 4, 4), (32, 16, 4, 4), (64, 16, 4, 4))
 SCATTER = (16, 2), (8, 2), (32, 2), (64, 2), (16, 1), (16, 4), (32, 4)
 DEFORM = [dict(zip(ONLY[FORWARD], x, strict=True)) for x in READ]
 DEFORM += [dict(zip(ONLY[BACKWARD], x, strict=True)) for x in SCATTER]
-LAYER = [*DEFORM, *({"PIECE": 1 << x} for x in (21, 22, 23)), *({"TILE": 1 << x} for x in (10, 11, 12, 13))]
+PIECES = [{"PIECE": 1 << x} for x in (21, 22, 23)] + [{"STREAMS": x} for x in (1, 2, 3, 4)]
+LAYER = [*DEFORM, *PIECES, *({"TILE": 1 << x} for x in (10, 11, 12, 13))]
 KINDS = {"gated": ("now",), "star": ("now", "now", "token", "box")}
 LAYER_SHAPE: Shape = (8, 2048, 32, 64)
 # Tensors that must be moved at least: for the layer see `starlm.ops.triton_mix`.

@@ -48,6 +48,12 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({max(values) - min(values):.3f})"
 
 
+def at_best_rate(runs: Rows) -> Rows:
+    """The runs of the rate whose mean loss is lowest."""
+    rates = grouped(runs, "matrix_lr").values()
+    return min(rates, key=lambda of_rate: statistics.mean(run["loss"] for run in of_rate))
+
+
 def lm(rows: Rows) -> Iterable[str]:
     """One table per setting: of each variant its best rate, over its seeds; lowest loss first."""
     for key, group in sorted(grouped(rows, "corpus", "width", "depth", "length", "steps").items()):
@@ -61,9 +67,8 @@ def lm(rows: Rows) -> Iterable[str]:
         yield _line(*["---", *["---:"] * (len(bounds) + 5)])
         best = []
         for (variant,), runs in grouped(group, "variant").items():
-            rates = grouped(runs, "matrix_lr")
-            rate = min(rates, key=lambda r: statistics.mean(run["loss"] for run in rates[r]))
-            best.append((statistics.mean(run["loss"] for run in rates[rate]), variant, rates[rate], rates))
+            at_best, rates = at_best_rate(runs), {run["matrix_lr"] for run in runs}
+            best.append((statistics.mean(run["loss"] for run in at_best), variant, at_best, rates))
         for _, variant, runs, rates in sorted(best, key=lambda row: row[0]):
             yield _line(
                 variant,
@@ -120,10 +125,11 @@ def _line(*cells: str) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Validation loss over training tokens: a line per variant, its seeds in the same colour."""
+    """Validation loss over training tokens: a line per variant at its best rate, seeds in the same colour."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     for number, ((variant,), runs) in enumerate(sorted(grouped(rows, "variant").items())):
+        runs = at_best_rate(runs)
         for run in runs:
             scale = run["tokens"] / run["steps"] / 1e6
             axes.plot(
@@ -142,16 +148,24 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    """Print one kind of table, of all results or of those of one length of training; draw, if asked to."""
+    """Print one kind of table, of all results or of some; draw, if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     tables = {"lm": lm, "synthetic": synthetic, "mqar": mqar}
     parser.add_argument("kind", choices=list(tables))
     parser.add_argument("--steps", type=int, help="only runs of this many steps")
+    parser.add_argument("--length", type=int, help="only runs on rows of this many tokens")
+    parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--plot", type=Path, help="with lm: also draw the curves into this file")
     args = parser.parse_args()
-    rows = [row for row in read(args.kind) if args.steps in (None, row.get("steps"))]
+    wanted = {"steps": args.steps, "length": args.length}
+    rows = [
+        row
+        for row in read(args.kind)
+        if all(value in (None, row.get(name)) for name, value in wanted.items())
+        and (args.variants is None or row["variant"].split(",")[0] in args.variants)
+    ]
     print("\n".join(tables[args.kind](rows)))
     if args.plot:
         draw(rows, args.plot)

@@ -96,13 +96,14 @@ class TrainBenchOptions(GridOptions):
     """Layers."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
-    peers: tuple[Literal["transformer", "star", "gated", "conv"], ...] = (
+    peers: tuple[Literal["transformer", "star", "star-W256", "gated", "conv"], ...] = (
         "transformer",
         "star",
         "gated",
         "conv",
     )
-    """Models to time; at each length all are in memory at the same time."""
+    """Models to time; at each length all are in memory at the same time. In star-W256 every third layer is
+    attention over the last 256 tokens."""
     compile: bool = False
     """Compile loss and gradients of every model with torch.compile."""
 

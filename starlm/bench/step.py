@@ -3,6 +3,7 @@
 starlm bench train
 starlm bench train --dtype bfloat16 --compile
 starlm bench train --dtype bfloat16 --batch-tokens 65536 --lengths 65536 --peers transformer star
+starlm bench train --dim 256 --batch-tokens 4096 --lengths 512 2048 --peers transformer star star-W256
 starlm bench train --lengths 1024 8192 32768 --repeats 1 --limit-seconds 600
 """
 
@@ -27,6 +28,7 @@ TRANSFORMER = "transformer"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": (TRANSFORMER, {"layers": "A"}),
     "star": ("star", {"preset": "star"}),
+    "star-W256": ("star, DDW over 256", {"preset": "star", "layers": "DDW", "attention_window": 256}),
     "gated": ("gated", {"preset": "gated"}),
     "conv": ("short convolution", {"layers": "C"}),
 }

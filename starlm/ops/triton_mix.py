@@ -17,7 +17,9 @@ Nothing waits for the GPU, and no size depends on data: CUDA graphs can record a
 """
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,8 @@ TILE = 4096
 BLOCKS, COLUMNS = 128, 32
 # Elements of fp32 that are added to at once: they are to stay in the L2 cache, and to keep a GPU busy.
 PIECE = 1 << 22
+# Pieces at once: while the last programs of one run, others take the room that they leave on the GPU.
+STREAMS = 4
 
 
 def forward(
@@ -59,13 +63,17 @@ def forward(
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     tensors = [_lanes(x) for x in (values, shift, out)] + ([] if gate is None else [_lanes(gate)])
     # All at once, but for box heads: who reads their sums is to find them in the cache.
-    for piece in pieces_of(values, near, boxes, {BOX: PIECE}):
-        v, s, y, *g = (piece.cut(x) for x in tensors)
-        source, scale = piece.source(v)
-        inputs = s, *(g or [None])
-        arguments = source, scale, *inputs, *piece.rows_of(origin, first), y, *_strides(source, *inputs, y)
-        options = {"furthest": furthest, "WIDE": _wide(source, s, y, *g), "TIME": TIME}
-        piece.by_lanes(kernels._forward, TIME, LANES, WARPS, EACH, *arguments, **options)
+    pieces = list(pieces_of(values, near, boxes, {BOX: PIECE}))
+    with _turns(len(pieces), values.device) as turns:
+        for piece, turn in zip(pieces, turns, strict=True):
+            with turn:
+                v, s, y, *g = (piece.cut(x) for x in tensors)
+                source, scale = piece.source(v)
+                inputs = s, *(g or [None])
+                rows, strides = piece.rows_of(origin, first), _strides(source, *inputs, y)
+                arguments = source, scale, *inputs, *rows, y, *strides
+                options = {"furthest": furthest, "WIDE": _wide(source, s, y, *g), "TIME": TIME}
+                piece.by_lanes(kernels._forward, TIME, LANES, WARPS, EACH, *arguments, **options)
     return out
 
 
@@ -90,26 +98,29 @@ def backward(
     # One lane that walks a whole sequence needs all other sequences beside it.
     most = {} if deterministic else dict.fromkeys((NOW, ANCHORED, BOX), PIECE)
     pieces = list(pieces_of(values, near, boxes, most))
-    # Each piece leaves it at zero for the next.
-    room = torch.zeros(max((piece.room for piece in pieces), default=0), device=values.device)
-    for piece in pieces:
-        dy, v, s, dv, ds, *gates = (piece.cut(x) for x in tensors)
-        g, dg = gates or (None, None)
-        source, scale = piece.source(v)
-        dread = piece.accumulator(room)
-        inputs = dy, source, scale, s, g
-        span = piece.length if deterministic else SPAN
-        strides = *_strides(dy, source, s, g, ds), span
-        arguments = *inputs, *piece.rows_of(origin, first), dread, ds, dg, *strides
-        wide = _wide(dy, source, s, dread, ds, *gates)
-        options = {"furthest": furthest, "WIDE": wide, "ATOMIC": not deterministic}
-        each = _scatter_each(SCATTER_EACH, wide, deterministic)
-        # A program is one warp: see `_collect`.
-        piece.by_lanes(kernels._backward, span, 32, 1, each, *arguments, **options)
-        sums = piece.kind == BOX
-        totals = piece.totals(dread, REVERSE=True) if sums else None
-        arguments = dread, totals, v, dv, *_strides(v, dv)
-        piece.by_tiles(kernels._finish, *arguments, SUMS=sums, CLEAR=piece is not pieces[-1])
+    # One for each stream, which each piece leaves at zero for the next.
+    size = max((piece.room for piece in pieces), default=0)
+    rooms = [torch.zeros(size, device=values.device) for _ in pieces[:STREAMS]]
+    with _turns(len(pieces), values.device) as turns:
+        for number, (piece, turn) in enumerate(zip(pieces, turns, strict=True)):
+            with turn:
+                dy, v, s, dv, ds, *gates = (piece.cut(x) for x in tensors)
+                g, dg = gates or (None, None)
+                source, scale = piece.source(v)
+                dread = piece.accumulator(rooms[number % STREAMS])
+                inputs = dy, source, scale, s, g
+                span = piece.length if deterministic else SPAN
+                strides = *_strides(dy, source, s, g, ds), span
+                arguments = *inputs, *piece.rows_of(origin, first), dread, ds, dg, *strides
+                wide = _wide(dy, source, s, dread, ds, *gates)
+                options = {"furthest": furthest, "WIDE": wide, "ATOMIC": not deterministic}
+                each = _scatter_each(SCATTER_EACH, wide, deterministic)
+                # A program is one warp: see `_collect`.
+                piece.by_lanes(kernels._backward, span, 32, 1, each, *arguments, **options)
+                sums = piece.kind == BOX
+                totals = piece.totals(dread, REVERSE=True) if sums else None
+                arguments = dread, totals, v, dv, *_strides(v, dv)
+                piece.by_tiles(kernels._finish, *arguments, SUMS=sums, CLEAR=number + STREAMS < len(pieces))
     return dvalues, dshift, dgate
 
 
@@ -225,6 +236,38 @@ def pieces_of(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) ->
             for row in range(0, batch, rows):
                 parts = slice(row, min(row + rows, batch)), slice(head, min(head + some, end))
                 yield Piece(kind, *parts, head - begin, length, channels)
+
+
+@contextmanager
+def _turns(number: int, device: torch.device) -> Iterator[list[AbstractContextManager[Any]]]:
+    """For each piece the stream to compute it on; all of them begin and end in the current one."""
+    if device.type == "cpu" or min(number, STREAMS) < 2:
+        yield [nullcontext()] * number
+        return
+    here, streams = torch.cuda.current_stream(device), _THREAD.streams(device)
+    for stream in streams:
+        stream.wait_stream(here)
+    try:
+        yield [torch.cuda.stream(streams[turn % STREAMS]) for turn in range(number)]
+    finally:
+        for stream in streams:
+            here.wait_stream(stream)
+
+
+class _Thread(threading.local):
+    """Streams of this thread: what another one records in a graph must not get between."""
+
+    def __init__(self) -> None:
+        self.made: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+    def streams(self, device: torch.device) -> list[torch.cuda.Stream]:
+        found = self.made.setdefault(device, [])
+        while len(found) < STREAMS:
+            found.append(torch.cuda.Stream(device))
+        return found[:STREAMS]
+
+
+_THREAD = _Thread()
 
 
 def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **options: Any) -> None:

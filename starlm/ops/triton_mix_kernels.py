@@ -444,6 +444,8 @@ def _finish(
     batch, head, block, time, column, inside = _tile(length, heads, CHANNELS, ROWS, COLUMNS, SUMS)
     place = dread + (batch * length + time) * (heads * CHANNELS) + column
     d = tl.load(place, mask=inside, other=0.0)
+    # Before the barrier: it is not to wait for the others.
+    x = tl.load(values + batch * values_batch + time * values_row + column, mask=inside, other=0.0)
     if CLEAR:
         # Not the threads that load an element need be those that store it.
         tl.debug_barrier()
@@ -451,7 +453,6 @@ def _finish(
     if SUMS:
         # A row is part of every sum behind it.
         d = _up_to(d, totals, batch, head, block, length, heads, column, CHANNELS, ROWS).to(tl.float32)
-    x = tl.load(values + batch * values_batch + time * values_row + column, mask=inside, other=0.0)
     v, s = _normalise(x, CHANNELS)
     along = tl.sum(v * d, axis=1, keep_dims=True) / CHANNELS
     _store(dvalues + batch * out_batch + time * out_row + column, s * (d - v * along), inside)

@@ -134,12 +134,12 @@ def test_steps():
     result = step.main(STEPS, {})
     cells = by_cell(result)
     assert {peer for peer, _ in cells} == {"transformer", "star", "gated", "short convolution"}
-    few = step.main(dataclasses.replace(STEPS, lengths=(16,), peers=("conv", "star")), {})
+    few = step.main(dataclasses.replace(STEPS, lengths=(16,), peers=("conv", "star-W256")), {})
     assert [(cell["peer"], cell["over_baseline"]) for cell in few["cells"]] == [
         ("short convolution", None),
-        ("star", None),
+        ("star, DDW over 256", None),
     ]
-    assert few["command"].endswith("--peers conv star")
+    assert few["command"].endswith("--peers conv star-W256")
     # Two rows of 16 tokens, and one of 64 where a row is longer than batch_tokens.
     for size, tokens in ((16, 32), (64, 64)):
         assert cells["star", size]["value"] == pytest.approx(tokens / cells["star", size]["seconds"][0])

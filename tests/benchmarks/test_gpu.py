@@ -47,13 +47,15 @@ def test_check_tells_what_failed_and_what_was_not_run(capsys):
 def test_table():
     names = {"shape": (1, 2, 3, 4), "kind": gpu.FORWARD}
     cells = [
-        gpu.Cell(peer="deform", milliseconds=1.5, low=1.25, high=2.0, share_of_copy=0.505, **names),
-        gpu.Cell(peer="other", milliseconds=12.0, low=11.0, high=13.0, **names),
+        gpu.Cell(
+            peer="deform", milliseconds=1.5, low=1.25, high=2.0, recorded=True, share_of_copy=0.505, **names
+        ),
+        gpu.Cell(peer="other", milliseconds=12.0, low=11.0, high=13.0, recorded=False, **names),
     ]
     head, one, two, blank = gpu.table((1, 2, 3, 4), cells)
     assert head.split() == ["B/T/H/C", "1/2/3/4", "ms", "quartiles", "of", "copy"]
     assert one.split() == ["deform,", "forward", "1.500", "1.250", "-", "2.000", "50%"]
-    assert two.split() == ["other,", "forward", "12.000", "11.000", "-", "13.000"]
+    assert two.split() == ["other,", "forward", "12.000", "11.000", "-", "13.000", "not", "recorded"]
     assert len(head) == len(one)
     assert blank == ""
 

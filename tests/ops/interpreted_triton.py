@@ -290,7 +290,7 @@ def test_the_benchmark_runs_what_it_times(monkeypatch):
 
     def call_once(call, **names):
         call()
-        return gpu.Cell(milliseconds=1.0, low=1.0, high=1.0, **names)
+        return gpu.Cell(milliseconds=1.0, low=1.0, high=1.0, recorded=True, **names)
 
     monkeypatch.setattr(gpu, "_time", call_once)
     skipped = []

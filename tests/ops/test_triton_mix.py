@@ -1,8 +1,10 @@
 """The fused layer's Triton kernels: results by the interpreter, in another process, and code for GPUs."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
+import torch
 from test_triton import AMD, NVIDIA, OLD_NVIDIA, interpreted, narrow_products, one_place_per_lane
 
 TESTS = "interpreted_triton_mix.py"
@@ -144,3 +146,43 @@ def test_older_and_other_gpus(build, target, binary, kernel):
 def test_every_dtype_is_compiled(build, dtype, kernel):
     name, constants = (LANES | TILES)[kernel]
     assert build(name, NVIDIA, dtype, False, **constants)["cubin"]
+
+
+def test_pieces_take_turns_on_streams_that_begin_and_end_in_the_current_one(monkeypatch):
+    """With streams that only say who waits for whom; also where a piece fails."""
+    from starlm.ops import triton_mix as host
+
+    said, device, names = [], torch.device("cuda"), iter("abcdef")
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(host, "_THREAD", host._Thread())
+    monkeypatch.setattr(host, "STREAMS", 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("here"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(stream.name))
+    begin, end = ["a waits for here", "b waits for here"], ["here waits for a", "here waits for b"]
+
+    def fails():
+        with host._turns(3, device) as turns:
+            for turn in turns:
+                with turn as name:
+                    said.append(name)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fails()
+    assert said == [*begin, "a", "b", "a", *end]
+    # One piece needs no other stream; the next call takes the same ones.
+    said.clear()
+    with host._turns(1, device) as turns:
+        assert [type(turn) for turn in turns] == [nullcontext]
+    assert said == []
+    with host._turns(2, device):
+        pass
+    assert said == begin + end
