@@ -37,7 +37,7 @@ class StarLMConfig:
     """Shift in tokens that all channels of `now` heads start from; None spreads them: 0.8 on average."""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
-    attention_window: int = 128
+    attention_window: int = 256
     """Rows that a query sees in W layers."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies in attention layers; 0 leaves positions out."""
