@@ -30,9 +30,9 @@ from benchmarks.gpu_comparisons import (
     results,
     triton,
 )
-from starlm.model import graph
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
+from starlm.model.step import sizes_of
 from starlm.ops import anchors, triton_elementwise
 from starlm.ops import mix as mix_module
 from starlm.ops.box import box, prefix_sums
@@ -312,7 +312,7 @@ def decode_step(device: str, length: int) -> None:
             model = small_model(device, dtype, **options)
             error = decoded(model, torch.randint(40, (3, 300), device=device))
             assert error <= allowed, f"{options}, {dtype}: off by {error:.3g} of the largest logit"
-            assert graph.graphs_of(model) == [3], f"{options}, {dtype}: no graph was used"
+            assert sizes_of(model) == [3], f"{options}, {dtype}: no graph was used"
 
 
 @torch.no_grad()

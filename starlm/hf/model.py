@@ -222,7 +222,7 @@ class StarLMForCausalLM(StarLMModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state
         assert hidden is not None
-        logits = self.logits(hidden[:, kept])
+        logits = self.logits(hidden[:, kept], step=outputs.cache is not None)
         loss = None
         if labels is not None:
             loss = self.loss_function(

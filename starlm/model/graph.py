@@ -6,144 +6,50 @@ buffers (`DecodeState.reserve`) are copied into memory that stays, and what was 
 """
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from starlm.model.state import DecodeState
-from starlm.nn.block import Block, through
-from starlm.nn.deformer import Deformer, step_kernel
-from starlm.nn.mlp import MLP
+from starlm.nn.block import through
 from starlm.nn.state import Reserved
-from starlm.ops.plain import is_plain
 
 # Graphs kept of a model, one for each number of slots; the one unused for longest goes.
 MOST = 32
-# Of what a model must be made; and blocks, also those of transformers.
-MODULES = {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP}
 
 Run = Callable[[], Tensor]
 
 
-def step(
-    model: Any,
-    tokens: Int[Tensor, "B T"],
-    first: Int[Tensor, "B T"] | None,
-    state: DecodeState,
-) -> Float[Tensor, "B 1 D"] | None:
-    """`StarLM.hidden` of one token of each slot; None where that cannot be, and the state is as it was.
-
-    It can on a GPU, without gradients and autocast, if all layers are Deformers in one dtype that their
-    kernels have, without hooks and adapters, and the slots hold rows of that dtype.
-
-    Args:
-        model: a `StarLM`, or what has its modules and methods.
-    """
-    if not _asked_for(model.embedding.weight, tokens, state):
-        return None
-    weights = fingerprint(model)
-    if weights is None:
-        return None
-    with _LOCK:
-        graphs = _GRAPHS.setdefault(model, Graphs())
-    return graphs.step(model, weights, tokens, first, state)
-
-
-def _asked_for(weight: Tensor, tokens: Tensor, state: DecodeState) -> bool:
-    """Whether this call is a step that a graph could run."""
-    return (
-        tokens.shape[1] == 1
-        and weight.device.type == "cuda"
-        and tokens.device == weight.device
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not is_plain()
-        and not torch.is_autocast_enabled("cuda")
-        and not torch.cuda.is_current_stream_capturing()
-        and all(slot.rows_device is None for slot in state.slots)
-    )
-
-
-def fingerprint(model: Any) -> tuple[Any, ...] | None:
-    """What a graph of this model depends on: its modules and where weights lie. None if there can be none.
-
-    Weights that change in place keep it.
-    """
-    kernel = step_kernel(model.embedding.weight.device)
-    found, dtype = [], model.embedding.weight.dtype
-    if kernel is None or dtype not in kernel.DTYPES:
-        return None
-    if not all(isinstance(block.mixer, Deformer) for block in model.blocks):
-        return None
-    modules = [model.embedding, model.blocks]
-    # Once per token: `Module.modules` and `parameters` would take several times as long.
-    for module in modules:
-        # Of other modules, adapters say, not all that matters is in their weights.
-        if type(module) not in MODULES and not isinstance(module, Block):
-            return None
-        # Whoever hooks into a module, or gives it another `forward`, wants to be called.
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return None
-        found.append(type(module))
-        for weight in module._parameters.values():
-            if weight is not None:
-                if weight.dtype != dtype:
-                    return None
-                found.append(weight.data_ptr())
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return dtype, *found
-
-
 class Graphs:
-    """The graphs of one model. Not part of it: copies and files of a model know nothing of them."""
+    """The graphs of one model, of which each is made when its number of slots first comes: a `Stepper`."""
 
-    def __init__(self) -> None:
-        self._lock, self._weights = threading.Lock(), None
+    def __init__(self, model: Any) -> None:
         self.steps: dict[int, Step] = {}
+        self._lock = threading.Lock()
 
-    def step(
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of slots that there are graphs for, the one unused for longest first."""
+        return list(self.steps)
+
+    def __call__(
         self,
         model: Any,
-        weights: tuple[Any, ...],
         tokens: Int[Tensor, "B 1"],
-        first: Int[Tensor, "B 1"] | None,
-        state: DecodeState,
-    ) -> Float[Tensor, "B 1 D"] | None:
-        """`step`, with the model's `fingerprint`."""
-        weight = model.embedding.weight
-        mixers = [block.mixer for block in model.blocks]
-        starts = [slot.first for slot in state.slots]
-        if first is not None:
-            first = first.cpu()
-            starts = first[:, 0].tolist()
-        places = state.reserve(mixers, weight, starts)
-        if places is None:
-            return None
-        origin = None
-        if orders := mixers[0].orders:
-            # Here the host waits for the token.
-            reach = state.first(1, torch.device("cpu")) if first is None else first
-            origins = model._origins(tokens.cpu(), reach, state)
-            origin = torch.cat([origins[n] for n in orders], dim=1)
-        table = torch.from_numpy(places)
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 D"]:
+        """The residual stream after the last block, normalised."""
+        weight, places = model.embedding.weight, torch.from_numpy(table)
         # The memory of a graph is for one call at a time.
         with self._lock, torch.cuda.device_of(weight):
-            of_size = self._of(weights, table, origin, weight.device)
-            hidden = of_size(model, tokens, table, origin)
-        state.advance(1, first)
-        return hidden
+            return self._of(places, origin, weight.device)(model, tokens, places, origin)
 
-    def _of(
-        self, weights: tuple[Any, ...], table: Tensor, origin: Tensor | None, device: torch.device
-    ) -> "Step":
-        """That for so many slots, and these weights."""
-        if weights != self._weights:
-            self.steps.clear()
-            self._weights = weights
+    def _of(self, table: Tensor, origin: Tensor | None, device: torch.device) -> "Step":
+        """That for so many slots."""
         batch = table.shape[-1]
         found = self.steps.pop(batch, None) or Step(table, origin, device)
         self.steps[batch] = found
@@ -247,12 +153,5 @@ def capture(run: Run, device: torch.device) -> Run:
     return replay
 
 
-def graphs_of(model: nn.Module) -> list[int]:
-    """The numbers of slots that there are graphs for, the one unused for longest first."""
-    graphs = _GRAPHS.get(model)
-    return [] if graphs is None else list(graphs.steps)
-
-
-_LOCK, _RECORDING = threading.Lock(), threading.Lock()
+_RECORDING = threading.Lock()
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-_GRAPHS: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.errors import InputError
-from starlm.model import graph
 from starlm.model.config import StarLMConfig
 from starlm.model.state import DecodeState, Slot
+from starlm.model.step import logits_of_step, step
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block, through
 from starlm.nn.conv import ShortConv
@@ -63,7 +63,7 @@ class StarLM(nn.Module):
             last_only: logits of the last token only, [B, 1, V].
         """
         x = self.hidden(tokens, first=first, state=state)
-        return self.logits(x[:, -1:] if last_only else x)
+        return self.logits(x[:, -1:] if last_only else x, step=state is not None)
 
     def hidden(
         self,
@@ -81,7 +81,7 @@ class StarLM(nn.Module):
         reach = first
         if state is not None:
             self._check_state(tokens, state)
-            if embedded is None and (stepped := graph.step(self, tokens, first, state)) is not None:
+            if embedded is None and (stepped := step(self, tokens, first, state)) is not None:
                 return stepped
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
         origins = self._origins(tokens, reach, state)
@@ -104,8 +104,14 @@ class StarLM(nn.Module):
             origins[LONGEST] = longest(origins)
         return origins
 
-    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        """softcap * tanh(head(hidden) / softcap), in fp32 at the least."""
+    def logits(self, hidden: Float[Tensor, "B T D"], *, step: bool = False) -> Float[Tensor, "B T V"]:
+        """softcap * tanh(head(hidden) / softcap), in fp32 at the least.
+
+        Args:
+            step: of tokens of a decode state, which no tracer follows: a kernel itself may be called.
+        """
+        if step and (capped := logits_of_step(self, hidden)) is not None:
+            return capped
         logits = self.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.softcap

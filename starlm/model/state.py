@@ -9,8 +9,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.nn.attention import Attention
 from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
+
+# Of layers whose rows a step can write by itself.
+Mixer = Deformer | Attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +29,15 @@ class Places:
     full: int
     """Tokens at which a buffer is full."""
     layout: tuple
-    """What the rows are like: see `DecodeState.reserve`."""
+    """What the rows are like: `row_layout`."""
 
     def __reduce__(self):
         return type(None), ()
+
+
+def row_layout(mixers: Iterable[Mixer], like: Tensor) -> tuple:
+    """What rows of these layers, in the dtype and on the device of `like`, must agree in."""
+    return like.dtype, like.device, *(mixer.row_layout for mixer in mixers)
 
 
 class Slot:
@@ -84,21 +93,21 @@ class Slot:
             for layer in self.layers:
                 layer.clear()
 
-    def reserve(self, mixers: Sequence[Deformer], like: Tensor, layout: tuple) -> Places | None:
+    def reserve(self, mixers: Sequence[Mixer], like: Tensor, layout: tuple) -> Places | None:
         """Room for one more token, of which each of `mixers` writes its rows; see `DecodeState.reserve`."""
         places = self.places
         if places is not None and self.length < places.full and places.layout == layout:
             return places
-        self.places, table = None, []
+        self.places = None
+        table = np.zeros((len(mixers), max(len(mixer.streams) for mixer in mixers), 3, 3), np.int64)
         row_0 = torch.zeros(1, 1, dtype=torch.int64)
-        for mixer, streams in zip(mixers, self.layers, strict=True):
+        for mixer, streams, of_layer in zip(mixers, self.layers, table, strict=True):
             layer = LayerState([streams], [self.length])
-            for stream in mixer.streams:
+            for stream, place in zip(mixer.streams, of_layer, strict=False):
                 found = mixer.reserve(stream, like, row_0, layer)
                 if found is None:
                     return None
-                table.append(found[..., 0])
-        table = np.stack(table).reshape(len(mixers), -1, 3, 3)
+                place[:] = found[..., 0]
         table[..., 1] -= self.length
         self.places = Places(table, min(layer.take() for layer in self.layers), layout)
         return self.places
@@ -179,7 +188,7 @@ class DecodeState:
         return [LayerState(streams, lengths, place, starts) for streams in columns]
 
     def reserve(
-        self, mixers: Sequence[Deformer], like: Tensor, starts: Sequence[int]
+        self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Sequence[int]
     ) -> Int[np.ndarray, "L S 3 3 B"] | None:
         """Room for one more token in every slot, in all layers at once: what `Deformer.reserve` says of each.
 
@@ -188,9 +197,9 @@ class DecodeState:
         Args:
             mixers: of the model's layers, with equally many streams each.
             like: in the dtype and on the device of the rows.
+            layout: `row_layout` of the mixers and `like`.
             starts: for each slot the first row that its token may read.
         """
-        layout = like.dtype, like.device, *((m.dim, m.kinds, m.streams, m.max_shift) for m in mixers)
         found = [slot.reserve(mixers, like, layout) for slot in self.slots]
         tables = [places.table for places in found if places is not None]
         if len(tables) < len(found):

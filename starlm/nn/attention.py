@@ -1,7 +1,9 @@
 """Causal attention: the baseline; in a pattern of layers A, or W with a sliding window."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,9 +12,14 @@ from starlm.nn.linear import init_matrix, linear
 from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
 
+if TYPE_CHECKING:
+    from starlm.ops.cpu_program import Code, Row
+
 
 class Attention(nn.Module):
     """Softmax attention with rotary positions (arXiv 2104.09864) and normalised queries and keys."""
+
+    streams = ("rows",)
 
     def __init__(
         self, dim: int, heads: int, *, rope_base: float = 10000.0, window: int | None = None
@@ -59,8 +66,7 @@ class Attention(nn.Module):
             q, k = (_rotate(heads, rotary, self.rope_base) for heads in (q, k))
         if state is not None:
             # Slot by slot: no padding, no mask for a single token, no rounding that depends on neighbours.
-            keep = None if self.window is None else self.window - 1
-            keys, values = (state.append(name, rows, keep) for name, rows in (("key", k), ("value", v)))
+            keys, values = (state.append(name, rows, self._keep) for name, rows in (("key", k), ("value", v)))
             parts = [
                 _attend(
                     q[slot : slot + 1],
@@ -77,6 +83,53 @@ class Attention(nn.Module):
         else:
             y = _attend(q, k, v, first, None)
         return self.out(y.flatten(-2))
+
+    @property
+    def _keep(self) -> int | None:
+        """How far back the rows of a decode state are read."""
+        return None if self.window is None else self.window - 1
+
+    @property
+    def row_layout(self) -> tuple:
+        """What must be the same of two layers for one to read the rows of the other."""
+        return self.query.out_features, self.heads, self.window
+
+    def reserve(
+        self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState
+    ) -> Int[np.ndarray, "3 3 B"] | None:
+        """As `Deformer.reserve`: of keys, values, and nothing.
+
+        Args:
+            stream: the only one of `streams`.
+        """
+        row = like.new_empty(0, self.heads, self.query.out_features // self.heads)
+        found = [state.reserve(name, self._keep, row, first) for name in ("key", "value")]
+        keys, values = found
+        if keys is None or values is None:
+            return None
+        return np.stack([keys, values, np.zeros_like(keys)])
+
+    def turns(self, position: Int[Tensor, "B"]) -> Float[Tensor, "B 2 _"]:
+        """Cosines and sines of what rotary positions turn pairs of channels by; [B, 2, 0] without them."""
+        half = self.query.out_features // self.heads // 2 if self.rope_base else 0
+        angle = _angles(position, half, self.rope_base)
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def write_step(self, code: "Code", layer: int) -> None:
+        """Add to the code of a step: x += what `forward` makes of rms(x), as number `layer` of a model."""
+        from starlm.ops.cpu_product import ADD  # numba takes half a second to import
+
+        width = self.query.out_features
+
+        def project(name: str) -> "Row":
+            out = code.row(name, width)
+            code.product(code.x, getattr(self, name).weight, out, normalise=True)
+            return out
+
+        query, key, value = map(project, ("query", "key", "value"))
+        read = code.row("read", width)
+        code.attend(query, key, value, read, layer=layer, heads=self.heads, window=self.window)
+        code.product(read, self.out.weight, code.x, then=ADD)
 
 
 def _attend(
@@ -143,11 +196,15 @@ def _windowed(
     return y.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
 
+def _angles(position: Int[Tensor, "..."], half: int, base: float) -> Float[Tensor, "... {half}"]:
+    """By which each of `half` pairs of channels is turned: pair c by position * base^(-c / half), in fp32."""
+    frequency = base ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
+    return position.float()[..., None] * frequency
+
+
 def _rotate(x: Float[Tensor, "B T H C"], position: Int[Tensor, "B T"], base: float) -> Tensor:
-    """Rotate each pair of channels (c, c + C/2) by position * base^(-2c/C), angles in fp32."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (position.float()[..., None] * frequency)[:, :, None]
+    """Turn pairs of channels (c, c + C/2)."""
+    angle = _angles(position, x.shape[-1] // 2, base)[:, :, None]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)

@@ -1,6 +1,7 @@
 """One layer of the residual stream."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
 from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
+
+if TYPE_CHECKING:
+    from starlm.ops.cpu_program import Code
 
 
 class Block(nn.Module):
@@ -32,6 +36,13 @@ class Block(nn.Module):
         step = state is not None and x.shape[1] == 1
         x = x + self.mixer(rms(x, step=step, cast=True), first=first, origins=origins, state=state)
         return x if self.mlp is None else x + self.mlp(rms(x, step=step, cast=True))
+
+    def write_step(self, code: "Code", layer: int) -> None:
+        """Add to the code of a step what `forward` does to code.x; `layer` is its number in the model."""
+        assert not isinstance(self.mixer, ShortConv)
+        self.mixer.write_step(code, layer)
+        if self.mlp is not None:
+            self.mlp.write_step(code)
 
 
 def through(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from starlm.ops.deform import HAS_TRITON
 from starlm.ops.mix import mix, mixes
 from starlm.ops.plain import is_plain
 from starlm.ops.reference import rows_read
+
+if TYPE_CHECKING:
+    from starlm.ops.cpu_program import Code, Row
 
 # A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
 BOX_SCALE = 16
@@ -164,6 +167,11 @@ class Deformer(nn.Module):
         """Names of what a decode state keeps rows of, each for every span of heads."""
         return ("query", "key") if self.preset == "product" else ("value",)
 
+    @property
+    def row_layout(self) -> tuple:
+        """What must be the same of two layers for one to read the rows of the other."""
+        return self.dim, self.kinds, self.streams, self.max_shift
+
     def shift_parameters(self) -> list[nn.Parameter]:
         """The shift projections: a parameter group of their own."""
         return [p for name, p in self.named_parameters() if "shift" in name]
@@ -196,6 +204,27 @@ class Deformer(nn.Module):
             return q * self._read("key", self.key(x), self.key_shift(x), None, *where)
         gate = None if self.preset == "value" else self.gate(x)
         return self.out(self._read("value", self.value(x), self.shift(x), gate, *where))
+
+    def write_step(self, code: "Code", layer: int) -> None:
+        """Add to the code of a step: x += what `forward` makes of rms(x), as number `layer` of a model."""
+        from starlm.ops.cpu_product import ADD  # numba takes half a second to import
+
+        layout = {**self._step_layout, "layer": layer}
+        read = code.row("read", self.dim)
+
+        def project(name: str) -> "Row":
+            weights, out = getattr(self, name), code.row(name, self.dim)
+            code.product(code.x, weights.weight, out, bias=weights.bias, normalise=True)
+            return out
+
+        if self.preset == "product":
+            code.read(project("query"), project("query_shift"), None, read, stream=0, **layout)
+            key, shift = project("key"), project("key_shift")
+            code.read(key, shift, read, code.x, stream=1, sigmoid=False, then=ADD, **layout)
+            return
+        gate = None if self.preset == "value" else project("gate")
+        code.read(project("value"), project("shift"), gate, read, stream=0, **layout)
+        code.product(read, self.out.weight, code.x, then=ADD)
 
     def _check_origins(self, origins: Mapping[int, Tensor] | None) -> None:
         missing = set(self.orders) - set(origins or ())

@@ -1,10 +1,15 @@
 """The position-wise part of a block."""
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from starlm.nn.linear import init_matrix, linear
 from starlm.ops.elementwise import relu2
+
+if TYPE_CHECKING:
+    from starlm.ops.cpu_program import Code
 
 
 class MLP(nn.Module):
@@ -23,3 +28,11 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """down(relu(up(x))²)"""
         return self.down(relu2(self.up(x)))
+
+    def write_step(self, code: "Code") -> None:
+        """Add to the code of a step: x += what `forward` makes of rms(x)."""
+        from starlm.ops.cpu_product import ADD, RELU2  # numba takes half a second to import
+
+        hidden = code.row("mlp", self.up.out_features)
+        code.product(code.x, self.up.weight, hidden, normalise=True, then=RELU2)
+        code.product(hidden, self.down.weight, code.x, then=ADD)

@@ -12,7 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # Below this many elements a thread hand-over costs more than the work.
@@ -59,6 +60,18 @@ def _store_overload(out, index, x):
     return store_plain
 
 
+def _as_pointer(typingctx, address):
+    """An address as a pointer, of which `numba.carray` makes an array."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), codegen
+
+
+pointer: Any = intrinsic(_as_pointer)
+
+
 def array(tensor: Tensor) -> np.ndarray:
     """The tensor, contiguous, as an array; bfloat16 as its bits."""
     tensor = tensor.detach().contiguous()
@@ -84,6 +97,16 @@ def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
         wait(shares)
     for share in shares:
         share.result()
+
+
+def together(work: Callable[[bool], None]) -> None:
+    """Run work(True) here and work(False) on as many threads more as torch uses, for which nobody waits.
+
+    So these may come when all is over, or never; `starlm.ops.cpu_tickets` is how such threads share work.
+    """
+    for _ in range(torch.get_num_threads() - 1):
+        _pool().submit(work, False)
+    work(True)
 
 
 _POOL: ThreadPoolExecutor | None = None

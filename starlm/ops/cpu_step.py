@@ -5,34 +5,18 @@ definition is that of `starlm.ops.mix`; the rows that are read stand in the buff
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
-from starlm.ops.cpu_base import array, spread, store, widen
+from starlm.ops.cpu_base import array, pointer, spread, store, widen
 from starlm.ops.cpu_math import ONE, ZERO, f32, jit, sigmoid
 from starlm.ops.cpu_mix import ANCHORED, BOX, BOX_SCALE, EPS, mean_of, place, reach
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def _as_pointer(typingctx, address):
-    """An address as a pointer, of which `numba.carray` makes an array."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return numba.types.voidptr(numba.types.int64), codegen
-
-
-_pointer: Any = intrinsic(_as_pointer)
 
 
 @jit
@@ -55,47 +39,54 @@ def _append_sums(row, buffer, past):
 
 
 @jit
-def _step(values, z, gate, origin, spans, streams, channels, furthest, gated, out, begin, end):
-    """Sequences begin .. end; `streams` [3, 3, B] has address, past and first of the kinds' buffers."""
-    width = values.shape[1]
-    row, rows = np.empty(width, values.dtype), np.empty((2, width), np.int32)
+def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gated, like, out):
+    """One sequence, all [D] but origin [A]; rows are as `like`, places as `_step` has them."""
+    width = values.size
+    row, rows = np.empty(width, like.dtype), np.empty((2, width), np.int32)
     scratch = np.empty((3, width), np.float32)
     shift, fraction, read = scratch[0], scratch[1], scratch[2]
-    for b in range(begin, end):
-        _normalise(values[b], channels, row)
-        for kind in range(3):
-            left, right = spans[kind], spans[kind + 1]
-            if left == right:
-                continue
-            here, far = slice(left, right), rows[:, left:right]
-            address, past, first = streams[kind, 0, b], streams[kind, 1, b], streams[kind, 2, b]
-            reach(z[b, here], kind, furthest, shift[here])
-            if kind == BOX:
-                sums = carray(_pointer(address), (past + 1, right - left), np.float64)
-                _append_sums(row[here], sums, past)
-                start = max(min(first, past - 1), 0)
-                place(shift[here], BOX, origin[b], start, past - 1, 0, channels, far, fraction[here])
-                for c in range(right - left):
-                    x, _ = mean_of(sums, past, shift[left + c], far, fraction[here], c)
-                    read[left + c] = x * np.sqrt(min(shift[left + c], f32(BOX_SCALE)))
-                continue
-            buffer = carray(_pointer(address), (past + 1, right - left), values.dtype)
-            buffer[past] = row[here]
-            start = max(min(first, past), 0)
-            # Who has no anchor reads its own row, times 0.
-            place(shift[here], kind, origin[b], start, past, past, channels, far, fraction[here])
+    _normalise(values, channels, row)
+    for kind in range(3):
+        left, right = spans[kind], spans[kind + 1]
+        if left == right:
+            continue
+        here, far = slice(left, right), rows[:, left:right]
+        address, past, first = streams[kind, 0, b], streams[kind, 1, b], streams[kind, 2, b]
+        reach(z[here], kind, furthest, shift[here])
+        if kind == BOX:
+            sums = carray(pointer(address), (past + 1, right - left), np.float64)
+            _append_sums(row[here], sums, past)
+            start = max(min(first, past - 1), 0)
+            place(shift[here], BOX, origin, start, past - 1, 0, channels, far, fraction[here])
             for c in range(right - left):
-                v = widen(buffer[np.uint32(far[0, c]), c])
-                read[left + c] = v + fraction[left + c] * (widen(buffer[np.uint32(far[1, c]), c]) - v)
-            if kind == ANCHORED:
-                for h in range((right - left) // channels):
-                    if origin[b, h] < 0:
-                        read[left + h * channels : left + (h + 1) * channels] = ZERO
-        if gated:
-            for c in range(width):
-                read[c] *= sigmoid(f32(widen(gate[b, c])))
+                x, _ = mean_of(sums, past, shift[left + c], far, fraction[here], c)
+                read[left + c] = x * np.sqrt(min(shift[left + c], f32(BOX_SCALE)))
+            continue
+        buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
+        buffer[past] = row[here]
+        start = max(min(first, past), 0)
+        # Who has no anchor reads its own row, times 0.
+        place(shift[here], kind, origin, start, past, past, channels, far, fraction[here])
+        for c in range(right - left):
+            v = widen(buffer[np.uint32(far[0, c]), c])
+            read[left + c] = v + fraction[left + c] * (widen(buffer[np.uint32(far[1, c]), c]) - v)
+        if kind == ANCHORED:
+            for h in range((right - left) // channels):
+                if origin[h] < 0:
+                    read[left + h * channels : left + (h + 1) * channels] = ZERO
+    if gated:
         for c in range(width):
-            store(out[b], c, read[c])
+            read[c] *= sigmoid(f32(widen(gate[c])))
+    for c in range(width):
+        store(out, c, read[c])
+
+
+@jit
+def _step(values, z, gate, origin, spans, streams, channels, furthest, gated, out, begin, end):
+    """Sequences begin .. end; `streams` [3, 3, B] has address, past and first of the kinds' buffers."""
+    for b in range(begin, end):
+        row = values[b]
+        read_row(row, z[b], gate[b], origin[b], spans, streams, b, channels, furthest, gated, row, out[b])
 
 
 def step(

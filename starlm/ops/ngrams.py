@@ -126,9 +126,11 @@ class NgramIndex:
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+        if length >= self.length:
+            return
         for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
             _remove(self._tokens, n, table, chain, length, self.length)
-        self.length = min(length, self.length)
+        self.length = length
 
     def copy(self) -> "NgramIndex":
         """An independent index of the same tokens."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from starlm import StarLM, StarLMConfig
-from starlm.ops import cpu_elementwise, cpu_step, plain
+from starlm.ops import cpu_elementwise, cpu_program, cpu_step, plain
 from starlm.ops.plain import is_plain
 
 
@@ -42,25 +42,35 @@ def test_training_runs_nothing_of_our_own(model, our_operators):
 
 
 def test_decoding_runs_nothing_of_our_own(model, monkeypatch, our_operators):
-    tokens, calls, step = torch.randint(40, (2, 9)), [], cpu_step.step
-    monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or step(*args, **named))
-    norms, norm = [], cpu_elementwise.rms
-    monkeypatch.setattr(cpu_elementwise, "rms", lambda *args: norms.append(1) or norm(*args))
+    """Neither in one piece, nor, for more slots than that is for, layer by layer."""
+    calls, runs, norms = [], [], []
+    for module, name, log in (
+        (cpu_step, "step", calls),
+        (cpu_program, "_run", runs),
+        (cpu_elementwise, "rms", norms),
+    ):
+        kernel = getattr(module, name)
+        counted = lambda *args, log=log, kernel=kernel, **named: log.append(1) or kernel(*args, **named)  # noqa: E731
+        monkeypatch.setattr(module, name, counted)
 
-    def decoded():
-        state = model.new_state(2)
-        return torch.cat([model(tokens[:, t : t + 1], state=state) for t in range(9)], dim=1)
+    def decoded(tokens):
+        state = model.new_state(len(tokens))
+        return torch.cat([model(token, state=state) for token in tokens.split(1, dim=1)], dim=1)
 
+    def counts():
+        return len(calls), len(norms), len(runs)
+
+    few, many = torch.randint(40, (2, 9)), torch.randint(40, (9, 9))
     with torch.no_grad():
-        fused, steps = decoded(), len(calls)
-        assert steps == 9 * 2  # one call per token and layer
-        assert len(norms) == 2 * steps
+        fused = decoded(few)
+        assert counts() == (0, 0, 2 * 9)  # per token one for the layers and one for logits
+        layered = decoded(many)
+        assert counts() == (2 * 9, 4 * 9, 2 * 9)
         with plain(), our_operators() as ours:
-            defined = decoded()
-    assert len(calls) == steps
-    assert len(norms) == 2 * steps
+            defined = decoded(few), decoded(many)
+    assert counts() == (2 * 9, 4 * 9, 2 * 9)
     assert not ours
-    torch.testing.assert_close(fused, defined, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((fused, layered), defined, rtol=1e-4, atol=1e-5)
 
 
 def test_an_error_ends_it(our_operators):

@@ -1,7 +1,7 @@
-"""A step of decoding as a graph equals the full forward, whatever happens to states and weights meanwhile.
+"""A step of decoding in one piece equals the full forward, whatever happens to states and weights meanwhile.
 
-On a CPU all but the graph itself: the function that it would be captured from, with the CPU's kernel in place
-of the GPU's, which test_triton_step.py tests.
+On a CPU its program, and all of the GPU's graph but the graph itself: the function that it would be captured
+from, with the CPU's kernel in place of the GPU's, which test_triton_step.py tests.
 """
 
 import copy
@@ -14,12 +14,13 @@ from models import BOUNDED, KINDS, make_model, make_tokens
 from relations import assert_close
 
 from starlm.errors import InputError
-from starlm.model import graph
-from starlm.model.state import DecodeState
-from starlm.ops import cpu_step, plain, triton_step
-from starlm.ops.plain import is_plain
+from starlm.model import graph, program, step
+from starlm.model.state import DecodeState, row_layout
+from starlm.ops import cpu_program, cpu_step, plain, triton_step
 
-STEPPED = [kind for kind, options in (KINDS | BOUNDED).items() if set(options.get("layers", "D")) == {"D"}]
+LAYERS = {kind: set(options.get("layers", "D")) for kind, options in (KINDS | BOUNDED).items()}
+STEPPED = [kind for kind, layers in LAYERS.items() if layers == {"D"}]
+ON_CPU = [kind for kind, layers in LAYERS.items() if layers <= {"D", "A", "W"}]
 
 
 def by_cpu(values, shift, gate, origin, streams, **layout):
@@ -27,13 +28,34 @@ def by_cpu(values, shift, gate, origin, streams, **layout):
     return cpu_step.step(values, shift, gate, rows, streams.numpy(), **layout)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    if request.param == "cpu":
-        asked = lambda weight, tokens, state: tokens.shape[1] == 1 and not is_plain()  # noqa: E731
-        monkeypatch.setattr(graph, "_asked_for", asked)
+STEPPERS = ["program", "graph", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=STEPPERS)
+def stepper(request, monkeypatch):
+    if request.param == "graph":
+        monkeypatch.setitem(step.STEPPERS, "cpu", graph.Graphs)
+        monkeypatch.setitem(step.MODULES, "cpu", step.MODULES["cuda"])
         monkeypatch.setattr(triton_step, "step", by_cpu)
     return request.param
+
+
+@pytest.fixture
+def device(stepper):
+    return "cuda" if stepper == "cuda" else "cpu"
+
+
+def with_steppers(*kinds):
+    """Models of these kinds with each stepper; those with attention with the one that has it."""
+    pairs = [pytest.param("program", kind) for kind in kinds if kind not in STEPPED]
+    for name in STEPPERS:
+        marks = getattr(name, "marks", ())
+        name = name if isinstance(name, str) else name.values[0]
+        pairs += [pytest.param(name, kind, marks=marks) for kind in kinds if kind in STEPPED]
+    return pytest.mark.parametrize(("stepper", "kind"), pairs, indirect=["stepper"])
+
+
+with_graphs = pytest.mark.parametrize("stepper", STEPPERS[1:], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +79,11 @@ def full(model, tokens):
 
 
 def check(model, state, text, count, tolerance=1e-4):
-    """Append `count` more tokens one by one, in graphs, to slots that hold `text`; all the tokens."""
+    """Append `count` more tokens one by one, each in one piece, to slots that hold `text`; all the tokens."""
     new = tokens_on(text[0].device, len(text), count)
-    before = steps_of(model)
+    before = len(step.sizes_of(model))
     got = torch.cat([model(new[:, t : t + 1], state=state) for t in range(count)], dim=1)
-    assert steps_of(model) >= max(before, 1), "no graph was used"
+    assert len(step.sizes_of(model)) >= max(before, 1), "no step was taken in one piece"
     text = [torch.cat(pair) for pair in zip(text, new, strict=True)]
     for row, ids in zip(got, text, strict=True):
         assert_close(row, full(model, ids[None])[0, -count:], tolerance)
@@ -69,19 +91,14 @@ def check(model, state, text, count, tolerance=1e-4):
     return text
 
 
-def steps_of(model):
-    """How many graphs there are of it."""
-    return len(graph.graphs_of(model))
-
-
-@pytest.mark.parametrize("kind", STEPPED)
+@with_steppers(*ON_CPU)
 def test_token_by_token_equals_the_full_forward(device, kind):
     """From nothing, over several doublings of the buffers."""
     model = model_on(device, kind)
     check(model, model.new_state(), [tokens_on(device, 0)], 300 if device == "cuda" else 140)
 
 
-@pytest.mark.parametrize("kind", ["star", "star product", "star, bounded", "star, longest match"])
+@with_steppers("star", "star product", "star, bounded", "star, longest match", "window", "mixed product")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_slots_at_different_positions(device, kind, mode):
     """Cropped, forked, emptied, in other company, and read by the ordinary path between steps."""
@@ -116,7 +133,7 @@ def test_slots_at_different_positions(device, kind, mode):
         check(model, state, text, 150 if device == "cuda" else 20)
 
 
-@pytest.mark.parametrize("kind", ["gated, bounded", "star, bounded", "product, bounded"])
+@with_steppers("gated, bounded", "star, bounded", "product, bounded", "window")
 def test_rows_that_move_to_the_front(device, kind):
     model = model_on(device, kind, depth=1)
     prompt = tokens_on(device, 1, 1000)
@@ -127,7 +144,7 @@ def test_rows_that_move_to_the_front(device, kind):
     assert any(rows.base for rows in rows)
 
 
-@pytest.mark.parametrize("kind", ["gated", "star", "star product"])
+@with_steppers("gated", "star", "star product", "mixed", "window")
 def test_packed_and_padded_slots(device, kind):
     model = model_on(device, kind)
     pads, prompt, more = (0, 3, 7), tokens_on(device, 3, 20), tokens_on(device, 3, 12)
@@ -142,7 +159,7 @@ def test_packed_and_padded_slots(device, kind):
     start[1] = 29
     got += [model(more[:, 9:10], state=state, first=start)]
     got += [model(more[:, t : t + 1], state=state) for t in range(10, 12)]
-    assert steps_of(model) == 1
+    assert step.sizes_of(model) == [3]
     got = torch.cat(got, dim=1)
     for slot, pad in enumerate(pads):
         text = torch.cat([prompt[slot, pad:], more[slot]])
@@ -154,7 +171,7 @@ def test_packed_and_padded_slots(device, kind):
 
 
 def test_weights_that_change(device):
-    """In place the graph goes on; elsewhere, or in another dtype, it is made anew."""
+    """In place the stepper goes on; elsewhere, or in another dtype, it is made anew."""
     model, other = model_on(device), model_on(device)
     prompt = tokens_on(device, 1, 5)
     for parameter in other.parameters():
@@ -164,21 +181,25 @@ def test_weights_that_change(device):
         state = model.new_state()
         model(prompt, state=state)
         check(model, state, list(prompt), 3, tolerance)
-        return graph._GRAPHS[model].steps[1]
+        return step.parts_of(model).stepper
 
-    step = decode()
+    first = decode()
     for parameter in model.parameters():
         parameter.mul_(1.1)
-    assert decode() is step
+    assert decode() is first
     model.load_state_dict(other.state_dict())
-    assert decode() is step
+    assert decode() is first
     model.load_state_dict({name: x.clone() for name, x in other.state_dict().items()}, assign=True)
-    assert (changed := decode()) is not step
+    assert (changed := decode()) is not first
     model.head.weight = torch.nn.Parameter(model.head.weight * 2)
     assert decode() is changed, "the head is not part of it"
     up = model.blocks[0].mlp.up
     up.weight = torch.nn.Parameter(up.weight * 2)
     assert (last := decode()) is not changed
+    up.weight.data = up.weight.data * 2
+    assert (moved := decode()) is not last
+    model.blocks[1].mlp = copy.deepcopy(model.blocks[0].mlp)
+    assert (last := decode()) is not moved
     model.bfloat16()
     assert decode(0.1) is not last
     model.float()
@@ -191,20 +212,20 @@ def test_a_state_of_another_dtype_goes_the_ordinary_way(device):
     prompt = tokens_on(device, 1, 5)
     model(prompt, state=state)
     model.bfloat16()
-    before = steps_of(model)
+    before = len(step.sizes_of(model))
     try:
         model(prompt[:, :1], state=state)
     except (RuntimeError, InputError):
         assert state.lengths == [5]
-    assert steps_of(model) == before
+    assert len(step.sizes_of(model)) == before
 
 
-def test_where_there_is_no_graph(device):
-    tokens = tokens_on(device, 2, 1)
-    for kind in ("mixed", "window", "star mixed"):
+def test_where_a_step_goes_the_ordinary_way(device, stepper):
+    tokens, taken = tokens_on(device, 2, 1), step.sizes_of
+    for kind in ("star mixed", "convolution") if stepper == "program" else ("mixed", "window", "star mixed"):
         model = model_on(device, kind)
         model(tokens, state=model.new_state(2))
-        assert not steps_of(model)
+        assert not taken(model)
     model = model_on(device)
     with plain():
         model(tokens, state=model.new_state(2))
@@ -213,26 +234,37 @@ def test_where_there_is_no_graph(device):
     handle = model.blocks[1].register_forward_hook(lambda *args: None)
     model(tokens, state=model.new_state(2))
     handle.remove()
+    model.blocks[0].mlp.forward = lambda x: torch.zeros_like(x)
+    model(tokens, state=model.new_state(2))
+    del model.blocks[0].mlp.forward
+    with torch.autocast(device, torch.bfloat16):
+        model(tokens, state=model.new_state(2))
+    with torch.enable_grad():
+        assert model(tokens, state=model.new_state(2)).requires_grad
     if device == "cuda":
-        with torch.autocast("cuda", torch.bfloat16):
-            model(tokens, state=model.new_state(2))
-        with torch.enable_grad():
-            assert model(tokens, state=model.new_state(2)).requires_grad
         model(tokens, state=model.new_state(2, rows_device="cpu"))
+    else:
+        many = program.MOST_ROWS + 1
+        model(tokens_on(device, many, 1), state=model.new_state(many))
+    assert not taken(model)
     wide = model_on(device, dtype=torch.float64)
     wide(tokens, state=wide.new_state(2))
-    assert not steps_of(model)
-    assert not steps_of(wide)
+    assert not taken(wide)
+    lying = model_on(device)
+    up = lying.blocks[0].mlp.up
+    up.weight = torch.nn.Parameter(up.weight.T.contiguous().T)
+    lying(tokens, state=lying.new_state(2))
+    assert not taken(lying)
     model(tokens, state=model.new_state(2))
-    assert steps_of(model) == 1
+    assert taken(model) == [2]
 
 
-def test_graphs_belong_to_one_model(device):
+def test_a_stepper_belongs_to_one_model(device):
     model = model_on(device)
     names = list(model.state_dict())
     check(model, model.new_state(2), list(tokens_on(device, 2, 0)), 2)
     other = copy.deepcopy(model)
-    assert not steps_of(other)
+    assert not step.sizes_of(other)
     assert list(model.state_dict()) == names
     for parameter in other.parameters():
         parameter.neg_()
@@ -240,14 +272,15 @@ def test_graphs_belong_to_one_model(device):
     check(model, model.new_state(2), list(tokens_on(device, 2, 0)), 2)
 
 
+@with_graphs
 def test_the_number_of_graphs_is_bounded(device, monkeypatch):
     monkeypatch.setattr(graph, "MOST", 2)
     model = model_on(device, "gated")
     for batch in (1, 2, 1, 3, 1):
         check(model, model.new_state(batch), list(tokens_on(device, batch, 0)), 2)
-        assert steps_of(model) <= 2
+        assert len(step.sizes_of(model)) <= 2
     # 2 was unused for longest.
-    assert graph.graphs_of(model) == [3, 1]
+    assert step.sizes_of(model) == [3, 1]
 
 
 def test_results_are_not_overwritten(device):
@@ -264,9 +297,10 @@ def test_a_step_that_fails_leaves_the_state_as_it_was(device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(graph, "through", lambda *args, **named: 1 / 0)
         patch.setattr(graph, "capture", lambda run, device: run)
+        patch.setattr(cpu_program, "_run", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(tokens[:, 3:4], state=state)
-    graph._GRAPHS.pop(model)
+    step._PARTS.pop(model)
     check(model, state, list(tokens[:, :20]), 3)
 
 
@@ -284,34 +318,63 @@ def test_places_are_found_anew_only_where_they_changed(device):
     assert len(changes) < 8
 
 
-@pytest.mark.gpu
-def test_a_dropped_model_takes_its_graphs_along():
-    model = model_on("cuda")
-    check(model, model.new_state(), [tokens_on("cuda", 0)], 2)
-    watched = weakref.ref(graph._GRAPHS[model])
+@pytest.mark.parametrize("stepper", [STEPPERS[0], STEPPERS[2]], indirect=True)
+def test_a_dropped_model_takes_its_stepper_along(device):
+    """What stands in for a graph has the model."""
+    model = model_on(device)
+    check(model, model.new_state(), [tokens_on(device, 0)], 2)
+    watched = weakref.ref(step.parts_of(model).stepper)
     del model
     gc.collect()
     assert watched() is None
 
 
-def test_no_graph_of_what_is_more_than_its_weights(device):
+def test_what_is_more_than_its_weights_is_called(device):
     """Adapters, for one: whether they act is no matter of weights."""
 
     class Adapted(torch.nn.Linear):
         pass
 
     model = model_on(device)
-    assert graph.fingerprint(model) is not None
+    assert step.parts_of(model).stepper is not None
     out = model.blocks[0].mixer.out
     model.blocks[0].mixer.out = Adapted(out.in_features, out.out_features, bias=False).to(device)
-    assert graph.fingerprint(model) is None
+    assert step.parts_of(model).stepper is None
 
 
 def test_a_state_of_another_model_is_refused(device):
     one, wider = model_on(device, dim=64, heads=4), model_on(device, dim=128, heads=4)
     state = one.new_state()
     one(tokens_on(device, 1, 1), state=state)
-    mixers = [block.mixer for block in wider.blocks]
-    assert len(mixers) == len(one.blocks)
-    assert state.reserve([block.mixer for block in one.blocks], one.embedding.weight, [0]) is not None
-    assert state.reserve(mixers, wider.embedding.weight, [0]) is None
+    for model, fits in ((one, True), (wider, False)):
+        mixers, weight = [block.mixer for block in model.blocks], model.embedding.weight
+        assert len(mixers) == len(one.blocks)
+        assert (state.reserve(mixers, weight, row_layout(mixers, weight), [0]) is not None) == fits
+
+
+def test_a_head_of_another_make_is_called():
+    """With a bias, hooks, adapters, in another dtype: the ordinary way."""
+    model, tokens = model_on("cpu", "star"), tokens_on("cpu", 2, 1)
+    weight, hidden = model.head.weight, torch.randn(2, 1, 32)
+    assert step.logits_of_step(model, hidden) is not None
+    assert step.logits_of_step(model, torch.randn(2, 2, 32)) is None
+    assert step.logits_of_step(model, hidden.bfloat16()) is None
+    handle = model.head.register_forward_hook(lambda module, inputs, out: out + 1)
+    assert_close(model.logits(hidden, step=True), model.logits(hidden), 0)
+    assert step.logits_of_step(model, hidden) is None
+    handle.remove()
+    model.head = torch.nn.Linear(32, len(weight))
+    model(tokens, state=model.new_state(2))
+    assert step.logits_of_step(model, hidden) is None
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_step(dtype, softcap):
+    model = model_on("cpu", "star", dtype, softcap=softcap, vocab_size=1003)
+    hidden = torch.randn(5, 1, 32, dtype=dtype) * 3
+    with plain():
+        wanted = model.double().logits(hidden.double())
+    got = model.to(dtype).logits(hidden, step=True)
+    assert got.dtype == torch.float32
+    assert_close(got.double(), wanted, 1e-5)

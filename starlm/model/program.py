@@ -1,0 +1,53 @@
+"""A step of decoding on a CPU as one program: one token of each slot through all layers, in one call."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from starlm.nn.attention import Attention
+
+# For more slots PyTorch's products, layer by layer, may be as fast (docs/performance.md).
+MOST_ROWS = 16
+
+
+class Program:
+    """The program of one model: a `starlm.model.step.Stepper`."""
+
+    def __init__(self, model: Any) -> None:
+        from starlm.ops.cpu_program import Code  # numba takes half a second to import
+
+        table = model.embedding.weight
+        self._code = Code(table.dtype, table.shape[1])
+        for layer, block in enumerate(model.blocks):
+            block.write_step(self._code, layer)
+        attention = [n for n, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)]
+        # Any of them: they agree on positions.
+        self._attention = attention[0] if attention else None
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of slots that have had a step."""
+        return self._code.sizes
+
+    def __call__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "B 1"],
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 D"]:
+        """The residual stream after the last block, normalised."""
+        rows = np.zeros((len(tokens), 0), np.int64) if origin is None else origin.numpy()
+        turns = self._turns(model, table)
+        return self._code.run(model.embedding.weight, tokens[:, 0], table, rows, turns)[:, None]
+
+    def _turns(self, model: Any, table: Int[np.ndarray, "L S 3 3 B"]) -> Float[np.ndarray, "B 2 _"]:
+        """Cosines and sines of the new tokens' rotary angles."""
+        if self._attention is None:
+            return np.zeros((table.shape[-1], 2, 0), np.float32)
+        mixer = model.blocks[self._attention].mixer
+        _, past, first = table[self._attention, 0, 0]
+        return mixer.turns(torch.from_numpy(np.maximum(past - first, 0))).numpy()

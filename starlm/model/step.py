@@ -1,0 +1,208 @@
+"""A step of decoding, one token of each slot, through all layers in one piece instead of module by module.
+
+Which pieces there are: on a GPU a CUDA graph (`starlm.model.graph`), on a CPU a program of our own
+(`starlm.model.program`). Who may take one, and what both need, is decided here.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from starlm.model.graph import Graphs
+from starlm.model.program import MOST_ROWS, Program
+from starlm.model.state import DecodeState, Mixer, row_layout
+from starlm.nn.attention import Attention
+from starlm.nn.block import Block
+from starlm.nn.deformer import Deformer, step_kernel
+from starlm.nn.mlp import MLP
+from starlm.ops.plain import is_plain
+
+# Of what a model must be made; and blocks, also those of transformers.
+MODULES = {
+    "cuda": {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP},
+    "cpu": {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP, Attention},
+}
+
+
+def step(
+    model: Any,
+    tokens: Int[Tensor, "B T"],
+    first: Int[Tensor, "B T"] | None,
+    state: DecodeState,
+) -> Float[Tensor, "B 1 D"] | None:
+    """`StarLM.hidden` of one token of each slot; None where that cannot be, and the state is as it was.
+
+    It can without gradients and autocast, if all layers are Deformers, or on a CPU attention, in one dtype
+    that their kernels have, without hooks and adapters, and the slots hold rows of that dtype; on a CPU for
+    up to MOST_ROWS slots.
+
+    Args:
+        model: a `StarLM`, or what has its modules and methods.
+    """
+    if not _asked_for(model.embedding.weight, tokens, state):
+        return None
+    parts = parts_of(model)
+    if parts.stepper is None or parts.are_hooked():
+        return None
+    starts = [slot.first for slot in state.slots]
+    if first is not None:
+        first = first.cpu()
+        starts = first[:, 0].tolist()
+    table = state.reserve(parts.mixers, model.embedding.weight, parts.layout, starts)
+    if table is None:
+        return None
+    origin = None
+    if orders := parts.orders:
+        # Here the host waits for the token.
+        reach = state.first(1, torch.device("cpu")) if first is None else first
+        origins = model._origins(tokens.cpu(), reach, state)
+        origin = torch.cat([origins[n] for n in orders], dim=1)
+    hidden = parts.stepper(model, tokens, table, origin)
+    state.advance(1, first)
+    return hidden
+
+
+def logits_of_step(model: Any, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B 1 V"] | None:
+    """`StarLM.logits` of one token of each slot; None where that cannot be.
+
+    It can on a CPU, where `step` can, if the head is a dense layer without a bias, hooks and adapters.
+    """
+    head, device = model.head, hidden.device
+    if device.type != "cpu" or hidden.shape[1] != 1 or not _wanted(device, len(hidden)):
+        return None
+    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks:
+        return None
+    if head._forward_pre_hooks or "forward" in vars(head):
+        return None
+    weight = head.weight
+    if not weight.dtype == hidden.dtype in step_kernel(device).DTYPES or not weight.is_contiguous():
+        return None
+    from starlm.ops import cpu_program  # numba takes half a second to import
+
+    return cpu_program.logits(hidden[:, 0], weight, model.config.softcap)[:, None]
+
+
+class Stepper(Protocol):
+    """What runs the steps of a model as it is. It does not hold the model, which may go."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of slots that it has something for, the one unused for longest first."""
+        ...
+
+    def __call__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "B 1"],
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 D"]:
+        """The residual stream after the last block, normalised.
+
+        Args:
+            table: see `DecodeState.reserve`.
+            origin: for each anchored head the row that shift 0 reads, or -1; on the host.
+        """
+        ...
+
+
+class Parts:
+    """The modules that a model is made of, and what can run its steps as long as it is: `stepper`, or None.
+
+    Weights that change in place may do so.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._modules = [model.embedding, model.blocks]
+        for module in self._modules:
+            self._modules.extend(child for child in module._modules.values() if child is not None)
+        self._holders = [module._modules for module in self._modules if module._modules]
+        self._owners = [module._parameters for module in self._modules if module._parameters]
+        self._hooks = [h for m in self._modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._vars = list(map(vars, self._modules))
+        self._seen = self._look()
+        self.mixers: list[Mixer] = []
+        self.stepper: Stepper | None = None
+        if self._is_steppable():
+            weight = model.embedding.weight
+            self.mixers = [block.mixer for block in model.blocks]
+            self.layout = row_layout(self.mixers, weight)
+            # Of anchored heads, which are the same in all layers that have any.
+            self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer)), [])
+            self.stepper = STEPPERS[weight.device.type](model)
+
+    def are_those_of(self, model: Any) -> bool:
+        """Whether the model is made of the same modules still, whose weights lie where they did."""
+        same = model.embedding is self._modules[0] and model.blocks is self._modules[1]
+        return same and self._look() == self._seen
+
+    def are_hooked(self) -> bool:
+        """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
+        return any(self._hooks) or any("forward" in own for own in self._vars)
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        # For every token: as little Python as can be.
+        children = map(id, chain.from_iterable(map(dict.values, self._holders)))
+        return list(children), list(map(Tensor.data_ptr, self._weights()))
+
+    def _weights(self) -> list[Tensor]:
+        return [w for w in chain.from_iterable(map(dict.values, self._owners)) if w is not None]
+
+    def _is_steppable(self) -> bool:
+        """Whether a stepper would do what the modules do."""
+        weights = self._weights()
+        dtype, device = weights[0].dtype, weights[0].device
+        # Of other modules, adapters say, not all that matters is in their weights.
+        known = all(type(m) in MODULES[device.type] or isinstance(m, Block) for m in self._modules)
+        plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
+        return known and plain and dtype in step_kernel(device).DTYPES and len(self._modules[1]) > 0
+
+
+def parts_of(model: Any) -> Parts:
+    """Those of the model, looked up anew where they have changed."""
+    with _LOCK:
+        parts = _PARTS.get(model)
+        if parts is None or not parts.are_those_of(model):
+            parts = _PARTS[model] = Parts(model)
+        return parts
+
+
+def sizes_of(model: Any) -> list[int]:
+    """The numbers of slots for which steps were taken in one piece, by the model as it was then."""
+    parts = _PARTS.get(model)
+    return [] if parts is None or parts.stepper is None else parts.stepper.sizes
+
+
+def _asked_for(weight: Tensor, tokens: Tensor, state: DecodeState) -> bool:
+    """Whether this call is a step that could be taken in one piece."""
+    return (
+        tokens.shape[1] == 1
+        and tokens.device == weight.device
+        and _wanted(weight.device, len(tokens))
+        and all(slot.rows_device is None for slot in state.slots)
+    )
+
+
+def _wanted(device: torch.device, rows: int) -> bool:
+    """Whether kernels may take the place of modules, for so many rows."""
+    return (
+        (device.type == "cuda" or rows <= MOST_ROWS)
+        and step_kernel(device) is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_plain()
+        and not torch.is_autocast_enabled(device.type)
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+STEPPERS: dict[str, Callable[[Any], Stepper]] = {"cuda": Graphs, "cpu": Program}
+_LOCK = threading.Lock()
+_PARTS: "weakref.WeakKeyDictionary[nn.Module, Parts]" = weakref.WeakKeyDictionary()
