@@ -60,7 +60,8 @@ def attend(query, key, value, turn, places, window, b, left, width, like, out):
     for s in range(weights.size):
         weights[s] = exp(weights[s] - highest)
         total += weights[s]
-    row[:] = ZERO
+    for c in range(channels):
+        row[c] = ZERO
     for s in range(weights.size):
         weight, there = weights[s], values[begin + s, left : left + channels]
         for c in range(channels):

@@ -80,8 +80,9 @@ def place(shift, kind, origin, start, t, length, channels, rows, fraction):
         for h in range(shift.size // channels):
             begin, end = h * channels, (h + 1) * channels
             if origin[h] < 0:
-                rows[:, begin:end] = length
-                fraction[begin:end] = 0
+                for c in range(begin, end):
+                    rows[0, c] = rows[1, c] = length
+                    fraction[c] = ZERO
             else:
                 near = rows[:, begin:end]
                 locate(shift[begin:end], origin[h], start, i32(t), near, fraction[begin:end])

@@ -38,8 +38,8 @@ INSTRUCTION = np.dtype(
 
 @jit
 def _rows(floats, batch, offset, width):
-    """[B, width] of the numbers of all sequences."""
-    return floats[offset * batch : (offset + width) * batch].reshape(batch, width)
+    """[B, width] of the numbers of all sequences, which stand at the address `floats`."""
+    return carray(pointer(floats + 4 * offset * batch), (batch, width), np.float32)
 
 
 @jit
@@ -98,7 +98,8 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
                 if it.normalise:
                     rms_scales(_rows(floats, batch, it.source, it.width), EPS, scales)
                 else:
-                    scales[:] = ONE
+                    for b in range(batch):
+                        scales[b] = ONE
             left = part * it.of_ticket
             _multiply(it, floats, scales, like, left, min(left + it.of_ticket, it.columns))
         elif it.kind == READ:
@@ -148,7 +149,7 @@ class Code:
         dtype: of weights and of the rows of a decode state, one of `starlm.ops.cpu_step.DTYPES`.
         width: of the residual stream `x`.
         """
-        self._dtype, self._like = dtype, array(torch.empty(0, dtype=dtype))
+        self._dtype, self._like = dtype, _like(dtype)
         self._code = np.zeros(0, INSTRUCTION)
         self._of_batch: dict[int, np.ndarray] = {}
         self._rows: dict[str, Row] = {}
@@ -299,7 +300,7 @@ def logits(x: Float[Tensor, "B K"], weight: Float[Tensor, "N K"], softcap: float
     floats = torch.empty(batch * (fan_in + fan_out))
     inputs, results = floats.split([batch * fan_in, batch * fan_out])
     inputs.view_as(x).copy_(x)
-    _run(code, floats.numpy(), batch, array(weight[:0]), *_NOTHING)
+    _run(code, floats.numpy(), batch, _like(weight.dtype), *_NOTHING)
     return results.view(batch, fan_out)
 
 
@@ -333,6 +334,11 @@ def _product(
     )
 
 
+def _like(dtype: torch.dtype) -> np.ndarray:
+    """No weights, to tell kernels their dtype."""
+    return array(torch.empty(0, dtype=dtype))
+
+
 def _instruction(**fields: float) -> np.ndarray:
     instruction = np.zeros(1, INSTRUCTION)
     for name, value in fields.items():
@@ -352,7 +358,7 @@ def _with_tickets(code: np.ndarray, batch: int) -> np.ndarray:
 
 def _run(code: np.ndarray, floats: np.ndarray, batch: int, *inputs: np.ndarray) -> None:
     counts = new_counts()
-    together(lambda leads: _work(counts, code, floats, batch, *inputs, leads))
+    together(lambda leads: _work(counts, code, floats.ctypes.data, batch, *inputs, leads))
 
 
 # Streams, origins and turns of a product alone.

@@ -63,7 +63,8 @@ def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gat
                 read[left + c] = x * np.sqrt(min(shift[left + c], f32(BOX_SCALE)))
             continue
         buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
-        buffer[past] = row[here]
+        for c in range(right - left):
+            buffer[past, c] = row[left + c]
         start = max(min(first, past), 0)
         # Who has no anchor reads its own row, times 0.
         place(shift[here], kind, origin, start, past, past, channels, far, fraction[here])
@@ -71,9 +72,9 @@ def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gat
             v = widen(buffer[np.uint32(far[0, c]), c])
             read[left + c] = v + fraction[left + c] * (widen(buffer[np.uint32(far[1, c]), c]) - v)
         if kind == ANCHORED:
-            for h in range((right - left) // channels):
-                if origin[h] < 0:
-                    read[left + h * channels : left + (h + 1) * channels] = ZERO
+            for c in range(right - left):
+                if origin[c // channels] < 0:
+                    read[left + c] = ZERO
     if gated:
         for c in range(width):
             read[c] *= sigmoid(f32(widen(gate[c])))
