@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Below this many elements a thread hand-over costs more than the work.
 SERIAL_ELEMENTS = 1 << 15
+# Calls without helpers after one that had to wait for a helper.
+ALONE = 20
 
 jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
@@ -99,16 +101,24 @@ def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
         share.result()
 
 
-def together(work: Callable[[bool], None]) -> None:
+def together(work: Callable[[bool], bool]) -> None:
     """Run work(True) here and work(False) on as many threads more as torch uses, for which nobody waits.
 
     So these may come when all is over, or never; `starlm.ops.cpu_tickets` is how such threads share work.
+    `work` says whether it had to wait for one that another program kept from its core. Where that is so,
+    one thread alone is faster, and the next calls have no other.
     """
-    for _ in range(torch.get_num_threads() - 1):
-        _pool().submit(work, False)
-    work(True)
+    global _alone
+    if _alone:
+        _alone -= 1
+    else:
+        for _ in range(torch.get_num_threads() - 1):
+            _pool().submit(work, False)
+    if work(True):
+        _alone = ALONE
 
 
+_alone = 0
 _POOL: ThreadPoolExecutor | None = None
 
 

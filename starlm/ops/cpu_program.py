@@ -19,7 +19,7 @@ from starlm.ops.cpu_math import ONE, f32, jit
 from starlm.ops.cpu_mix import EPS
 from starlm.ops.cpu_product import ADD, CAP, STORE, product, rms_scales
 from starlm.ops.cpu_step import read_row
-from starlm.ops.cpu_tickets import await_done, begin, finish, new_counts, take
+from starlm.ops.cpu_tickets import STALLED, await_done, begin, finish, new_counts, take
 
 PRODUCT, READ, ATTEND = 0, 1, 2
 # Bytes of weights that a ticket of a product reads: some microseconds of work.
@@ -79,9 +79,10 @@ def _attend(it, floats, batch, like, streams, turns, part):
 
 @jit
 def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
+    """Whether this thread has waited for one that had lost its core."""
     if not begin(counts, leads):
-        return
-    total, number, scaled = code[code.size - 1].end, 0, -1
+        return False
+    total, number, scaled, longest = code[code.size - 1].end, 0, -1, 0
     scales = np.empty(batch, np.float32)
     while True:
         ticket = take(counts)
@@ -90,7 +91,7 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
         while code[number].end <= ticket:
             number += 1
         it = code[number]
-        await_done(counts, it.after)
+        longest = max(longest, await_done(counts, it.after))
         part = ticket - it.begin
         if it.kind == PRODUCT:
             if scaled != number:
@@ -108,7 +109,8 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
             _attend(it, floats, batch, like, streams, turns, part)
         finish(counts)
     if leads:
-        await_done(counts, total)
+        longest = max(longest, await_done(counts, total))
+    return longest > STALLED
 
 
 @jit

@@ -20,6 +20,8 @@ from starlm.ops.cpu_base import jit
 TAKEN, DONE, BEGUN, COUNTS = 0, 8, 16, 24
 # Looks at a count before the core is offered to others, some microseconds; and how often a helper does so.
 PATIENCE, OFFERS = 1000, 20
+# Offers in one wait, some tenths of a millisecond, that say: who has the ticket has lost its core.
+STALLED = 100
 
 if sys.platform == "win32":
 
@@ -93,9 +95,10 @@ def finish(counts):
 
 @jit
 def await_done(counts, tickets):
-    """Wait until so many are done."""
+    """Wait until so many are done; how often the core was offered to others meanwhile."""
     looks = 0
     while _look(counts, DONE) < tickets:
         looks += 1
         if looks % PATIENCE == 0:
             _yield()
+    return looks // PATIENCE

@@ -82,3 +82,21 @@ def test_arrays_of_bfloat16_are_its_bits():
     found = cpu_base.array(torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.bfloat16).T)
     assert found.tolist() == [[0x3F80, 0x3F00], [0xC000, 0x0000]]
     assert cpu_base.index(torch.tensor([1, 2], dtype=torch.int32)).dtype == np.int64
+
+
+def test_where_a_helper_had_lost_its_core_the_next_calls_have_none(monkeypatch):
+    helped, led = [], []
+
+    class Pool:
+        def submit(self, work, leads):
+            helped.append(leads)
+
+    monkeypatch.setattr(cpu_base, "_pool", Pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(cpu_base, "_alone", 0)
+    stalled = [False, True, *[False] * (cpu_base.ALONE + 1)]
+    for _ in range(len(stalled)):
+        cpu_base.together(lambda leads: led.append(leads) or stalled[len(led) - 1])
+    assert led == [True] * len(stalled)
+    # The first two calls and the one after ALONE others have two helpers each.
+    assert helped == [False] * 6
