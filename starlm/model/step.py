@@ -147,10 +147,13 @@ class Parts:
         """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
         return any(self._hooks) or any("forward" in own for own in self._vars)
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        # For every token: as little Python as can be.
-        children = map(id, chain.from_iterable(map(dict.values, self._holders)))
-        return list(children), list(map(Tensor.data_ptr, self._weights()))
+    def _look(self) -> list[Any]:
+        # For every token: as little Python as can be. Part of a weight may begin where all of it did.
+        weights, children = self._weights(), chain.from_iterable(map(dict.values, self._holders))
+        seen: list[Any] = list(map(id, children))
+        for of_weight in (Tensor.data_ptr, Tensor.size, Tensor.stride):
+            seen.extend(map(of_weight, weights))
+        return seen
 
     def _weights(self) -> list[Tensor]:
         return [w for w in chain.from_iterable(map(dict.values, self._owners)) if w is not None]

@@ -33,6 +33,6 @@ class MLP(nn.Module):
         """Add to the code of a step: x += what `forward` makes of rms(x)."""
         from starlm.ops.cpu_product import ADD, RELU2  # numba takes half a second to import
 
-        hidden = code.row("mlp", self.up.out_features)
+        hidden = code.row("mlp", len(self.up.weight))
         code.product(code.x, self.up.weight, hidden, normalise=True, then=RELU2)
         code.product(hidden, self.down.weight, code.x, then=ADD)

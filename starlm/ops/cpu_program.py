@@ -114,17 +114,17 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
 
 
 @jit
-def _enter(table, ids, x):
-    """x = RMSNorm of rows of the table."""
-    for b in range(ids.size):
-        row = table[ids[b]]
-        for c in range(row.size):
-            x[b, c] = widen(row[c])
+def _enter(rows, x):
+    """x = RMSNorm of rows in the dtype of the weights."""
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            x[b, c] = widen(rows[b, c])
     _normalise(x, x)
 
 
 @jit
 def _normalise(x, out):
+    """out = RMSNorm of x, which it may be."""
     scales = np.empty(x.shape[0], np.float32)
     rms_scales(x, EPS, scales)
     for b in range(x.shape[0]):
@@ -154,19 +154,18 @@ class Code:
         self._dtype, self._like = dtype, _like(dtype)
         self._code = np.zeros(0, INSTRUCTION)
         self._of_batch: dict[int, np.ndarray] = {}
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[tuple[str, int], Row] = {}
         self._used: set[Row] = set()
         self._written: set[Row] = set()
         self._width = 0
         self.x = self.row("x", width)
 
     def row(self, name: str, width: int) -> Row:
-        """Room of this name, the same for all who ask; what stands there is undefined until it is written."""
-        if name not in self._rows:
-            self._rows[name] = Row(self._width, width)
+        """Room of this name and width, the same for all who ask; undefined until it is written."""
+        if (name, width) not in self._rows:
+            self._rows[name, width] = Row(self._width, width)
             self._width += width
-        assert self._rows[name].width == width
-        return self._rows[name]
+        return self._rows[name, width]
 
     def product(
         self,
@@ -274,6 +273,7 @@ class Code:
 
         Args:
             table: in the code's dtype, as is the result.
+            ids: of rows of the table.
             streams: of each layer and stream what `starlm.ops.cpu_step.step` wants to know.
             origin: for each anchored head the row that shift 0 reads, or -1.
             turns: cosines and sines by which attention turns pairs of channels; none for no positions.
@@ -284,7 +284,8 @@ class Code:
             code = self._of_batch[batch] = _with_tickets(self._code, batch)
         floats = np.empty(batch * self._width, np.float32)
         x = floats[: batch * self.x.width].reshape(batch, -1)
-        _enter(array(table), ids.numpy(), x)
+        # An id that the table does not have is an error there; kernels read whatever stands at an address.
+        _enter(array(torch.nn.functional.embedding(ids, table)), x)
         _run(code, floats, batch, self._like, streams, origin, turns)
         out = torch.empty(batch, self.x.width, dtype=self._dtype)
         _normalise(x, array(out))

@@ -200,6 +200,18 @@ def test_weights_that_change(device):
     assert (moved := decode()) is not last
     model.blocks[1].mlp = copy.deepcopy(model.blocks[0].mlp)
     assert (last := decode()) is not moved
+    # They begin where they did before, and are fewer.
+    up, down = model.blocks[0].mlp.up, model.blocks[0].mlp.down
+    up.weight, down.weight = (
+        torch.nn.Parameter(w) for w in (up.weight[:24], down.weight[:, :24].contiguous())
+    )
+    up.out_features = down.in_features = 24
+    assert decode() is not last
+    square = model.blocks[0].mixer.out.weight
+    square.data = square.data.T
+    assert step.parts_of(model).stepper is None, "no kernel reads columns"
+    square.data = square.data.T.contiguous()
+    last = decode()
     model.bfloat16()
     assert decode(0.1) is not last
     model.float()
@@ -288,6 +300,16 @@ def test_results_are_not_overwritten(device):
     state = model.new_state()
     hidden = [model.hidden(tokens[:, t : t + 1], state=state) for t in range(3)]
     assert_close(torch.cat(hidden, dim=1), model.hidden(tokens), 1e-4)
+
+
+def test_a_token_that_the_vocabulary_lacks_is_an_error():
+    """Kernels would read whatever stands there."""
+    model = model_on("cpu", "gated")
+    for token in (model.config.vocab_size, -1):
+        state = model.new_state()
+        with pytest.raises(IndexError):
+            model(torch.tensor([[token]]), state=state)
+        assert state.lengths == [0]
 
 
 def test_a_step_that_fails_leaves_the_state_as_it_was(device, monkeypatch):

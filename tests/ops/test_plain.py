@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from starlm import StarLM, StarLMConfig
+from starlm.model.program import MOST_ROWS
 from starlm.ops import cpu_elementwise, cpu_program, cpu_step, plain
 from starlm.ops.plain import is_plain
 
@@ -60,7 +61,7 @@ def test_decoding_runs_nothing_of_our_own(model, monkeypatch, our_operators):
     def counts():
         return len(calls), len(norms), len(runs)
 
-    few, many = torch.randint(40, (2, 9)), torch.randint(40, (9, 9))
+    few, many = torch.randint(40, (2, 9)), torch.randint(40, (MOST_ROWS + 1, 9))
     with torch.no_grad():
         fused = decoded(few)
         assert counts() == (0, 0, 2 * 9)  # per token one for the layers and one for logits
