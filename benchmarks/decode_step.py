@@ -41,7 +41,7 @@ PIECE, LAYERS, LIMIT = "one piece", "layer by layer", "weights read once"
 @contextmanager
 def layer_by_layer():
     """The ordinary way, as for models that cannot take the short one."""
-    nothing = lambda *args: None  # noqa: E731
+    nothing = lambda *args, **named: None  # noqa: E731
     with patch.multiple(model_module, step=nothing, logits_of_step=nothing):
         yield
 

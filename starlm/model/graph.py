@@ -26,7 +26,7 @@ Run = Callable[[], Tensor]
 class Graphs:
     """The graphs of one model, of which each is made when its number of slots first comes: a `Stepper`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head: Tensor | None) -> None:
         self.steps: dict[int, Step] = {}
         self._lock = threading.Lock()
 
@@ -35,7 +35,17 @@ class Graphs:
         """The numbers of slots that there are graphs for, the one unused for longest first."""
         return list(self.steps)
 
-    def __call__(
+    def logits(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "B 1"],
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 V"]:
+        """The head is no part of a graph."""
+        return model.logits(self.hidden(model, tokens, table, origin))
+
+    def hidden(
         self,
         model: Any,
         tokens: Int[Tensor, "B 1"],

@@ -62,6 +62,10 @@ class StarLM(nn.Module):
             state: from `new_state`; gets the tokens appended.
             last_only: logits of the last token only, [B, 1, V].
         """
+        if state is not None:
+            self._check_state(tokens, state)
+            if (stepped := step(self, tokens, first, state, logits=True)) is not None:
+                return stepped
         x = self.hidden(tokens, first=first, state=state)
         return self.logits(x[:, -1:] if last_only else x, step=state is not None)
 
@@ -81,7 +85,7 @@ class StarLM(nn.Module):
         reach = first
         if state is not None:
             self._check_state(tokens, state)
-            if embedded is None and (stepped := step(self, tokens, first, state)) is not None:
+            if embedded is None and (stepped := step(self, tokens, first, state, logits=False)) is not None:
                 return stepped
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
         origins = self._origins(tokens, reach, state)

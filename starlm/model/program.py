@@ -16,13 +16,15 @@ MOST_ROWS = 16
 class Program:
     """The program of one model: a `starlm.model.step.Stepper`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head: Float[Tensor, "V D"] | None) -> None:
         from starlm.ops.cpu_program import Code  # numba takes half a second to import
 
         table = model.embedding.weight
         self._code = Code(table.dtype, table.shape[1])
         for layer, block in enumerate(model.blocks):
             block.write_step(self._code, layer)
+        if head is not None:
+            self._code.head(head, model.config.softcap)
         attention = [n for n, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)]
         # Any of them: they agree on positions.
         self._attention = attention[0] if attention else None
@@ -32,7 +34,7 @@ class Program:
         """The numbers of slots that have had a step."""
         return self._code.sizes
 
-    def __call__(
+    def hidden(
         self,
         model: Any,
         tokens: Int[Tensor, "B 1"],
@@ -40,9 +42,26 @@ class Program:
         origin: Int[Tensor, "B A"] | None,
     ) -> Float[Tensor, "B 1 D"]:
         """The residual stream after the last block, normalised."""
+        return self._run(model, tokens, table, origin, head=False)
+
+    def logits(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "B 1"],
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 V"]:
+        """The model's logits of that, in the same call if its head is a dense layer like the others."""
+        if self._code.logits is None:
+            return model.logits(self.hidden(model, tokens, table, origin))
+        return self._run(model, tokens, table, origin, head=True)
+
+    def _run(
+        self, model: Any, tokens: Tensor, table: np.ndarray, origin: Tensor | None, *, head: bool
+    ) -> Float[Tensor, "B 1 _"]:
         rows = np.zeros((len(tokens), 0), np.int64) if origin is None else origin.numpy()
         turns = self._turns(model, table)
-        return self._code.run(model.embedding.weight, tokens[:, 0], table, rows, turns)[:, None]
+        return self._code.run(model.embedding.weight, tokens[:, 0], table, rows, turns, head=head)[:, None]
 
     def _turns(self, model: Any, table: Int[np.ndarray, "L S 3 3 B"]) -> Float[np.ndarray, "B 2 _"]:
         """Cosines and sines of the new tokens' rotary angles."""

@@ -36,8 +36,11 @@ def step(
     tokens: Int[Tensor, "B T"],
     first: Int[Tensor, "B T"] | None,
     state: DecodeState,
-) -> Float[Tensor, "B 1 D"] | None:
-    """`StarLM.hidden` of one token of each slot; None where that cannot be, and the state is as it was.
+    *,
+    logits: bool,
+) -> Float[Tensor, "B 1 _"] | None:
+    """`StarLM.hidden` of one token of each slot, or its logits; None, and the state as it was, where that
+    cannot be.
 
     It can without gradients and autocast, if all layers are Deformers, or on a CPU attention, in one dtype
     that their kernels have, without hooks and adapters, and the slots hold rows of that dtype; on a CPU for
@@ -64,29 +67,26 @@ def step(
         reach = state.first(1, torch.device("cpu")) if first is None else first
         origins = model._origins(tokens.cpu(), reach, state)
         origin = torch.cat([origins[n] for n in orders], dim=1)
-    hidden = parts.stepper(model, tokens, table, origin)
+    run = parts.stepper.logits if logits else parts.stepper.hidden
+    result = run(model, tokens, table, origin)
     state.advance(1, first)
-    return hidden
+    return result
 
 
 def logits_of_step(model: Any, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B 1 V"] | None:
     """`StarLM.logits` of one token of each slot; None where that cannot be.
 
-    It can on a CPU, where `step` can, if the head is a dense layer without a bias, hooks and adapters.
+    It can on a CPU, if the head is a dense layer without a bias, hooks and adapters.
     """
-    head, device = model.head, hidden.device
+    device = hidden.device
     if device.type != "cpu" or hidden.shape[1] != 1 or not _wanted(device, len(hidden)):
         return None
-    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks:
-        return None
-    if head._forward_pre_hooks or "forward" in vars(head):
-        return None
-    weight = head.weight
-    if not weight.dtype == hidden.dtype in step_kernel(device).DTYPES or not weight.is_contiguous():
+    parts = parts_of(model)
+    if parts.head is None or parts.head.dtype != hidden.dtype or parts.are_hooked():
         return None
     from starlm.ops import cpu_program  # numba takes half a second to import
 
-    return cpu_program.logits(hidden[:, 0], weight, model.config.softcap)[:, None]
+    return cpu_program.logits(hidden[:, 0], parts.head, model.config.softcap)[:, None]
 
 
 class Stepper(Protocol):
@@ -97,7 +97,7 @@ class Stepper(Protocol):
         """The numbers of slots that it has something for, the one unused for longest first."""
         ...
 
-    def __call__(
+    def hidden(
         self,
         model: Any,
         tokens: Int[Tensor, "B 1"],
@@ -112,15 +112,30 @@ class Stepper(Protocol):
         """
         ...
 
+    def logits(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "B 1"],
+        table: Int[np.ndarray, "L S 3 3 B"],
+        origin: Int[Tensor, "B A"] | None,
+    ) -> Float[Tensor, "B 1 V"]:
+        """The model's logits of that; arguments as for `hidden`."""
+        ...
+
 
 class Parts:
     """The modules that a model is made of, and what can run its steps as long as it is: `stepper`, or None.
 
-    Weights that change in place may do so.
+    Weights that change in place may do so. `head` is the weight of a head that is a dense layer like the
+    others, or None.
     """
 
     def __init__(self, model: Any) -> None:
         self._modules = [model.embedding, model.blocks]
+        self._head = getattr(model, "head", None)
+        self.head = _plain_head(self._head, model.embedding.weight)
+        if self.head is not None:
+            self._modules.append(self._head)
         for module in self._modules:
             self._modules.extend(child for child in module._modules.values() if child is not None)
         self._holders = [module._modules for module in self._modules if module._modules]
@@ -136,12 +151,13 @@ class Parts:
             self.layout = row_layout(self.mixers, weight)
             # Of anchored heads, which are the same in all layers that have any.
             self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer)), [])
-            self.stepper = STEPPERS[weight.device.type](model)
+            self.stepper = STEPPERS[weight.device.type](model, self.head)
 
     def are_those_of(self, model: Any) -> bool:
         """Whether the model is made of the same modules still, whose weights lie where they did."""
-        same = model.embedding is self._modules[0] and model.blocks is self._modules[1]
-        return same and self._look() == self._seen
+        embedding, blocks = self._modules[:2]
+        same = model.embedding is embedding and model.blocks is blocks
+        return same and getattr(model, "head", None) is self._head and self._look() == self._seen
 
     def are_hooked(self) -> bool:
         """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
@@ -166,6 +182,14 @@ class Parts:
         known = all(type(m) in MODULES[device.type] or isinstance(m, Block) for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
         return known and plain and dtype in step_kernel(device).DTYPES and len(self._modules[1]) > 0
+
+
+def _plain_head(head: Any, like: Tensor) -> Tensor | None:
+    """The weight of a head that is nothing more than its weight, in the dtype and place of the others."""
+    if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
+        return None
+    same = head.weight.dtype == like.dtype and head.weight.device == like.device
+    return head.weight if same and head.weight.is_contiguous() else None
 
 
 def parts_of(model: Any) -> Parts:
@@ -206,6 +230,6 @@ def _wanted(device: torch.device, rows: int) -> bool:
     )
 
 
-STEPPERS: dict[str, Callable[[Any], Stepper]] = {"cuda": Graphs, "cpu": Program}
+STEPPERS: dict[str, Callable[[Any, Tensor | None], Stepper]] = {"cuda": Graphs, "cpu": Program}
 _LOCK = threading.Lock()
 _PARTS: "weakref.WeakKeyDictionary[nn.Module, Parts]" = weakref.WeakKeyDictionary()

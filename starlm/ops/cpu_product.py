@@ -14,20 +14,6 @@ from starlm.ops.cpu_math import ONE, TWO, ZERO, f32, jit, tanh_of_half
 STORE, ADD, RELU2, CAP = 0, 1, 2, 3
 
 
-@jit
-def _put(x, then, cap, out, row, column):
-    if then == ADD:
-        out[row, column] += x
-    elif then == CAP:
-        out[row, column] = cap * tanh_of_half(TWO * x / cap)
-    elif then == RELU2:
-        # Not max: NaN must stay NaN.
-        x = ZERO if x < ZERO else x
-        out[row, column] = x * x
-    else:
-        out[row, column] = x
-
-
 # One row of weights after the other: memory is read from front to back, which is what it is fastest at.
 
 
@@ -62,6 +48,30 @@ def _by_four(w, x0, x1, x2, x3):
 
 
 @jit
+def _finish(sums, bias, scale, then, cap, out):
+    """out = what `then` says of scale sums + bias, for one row; a loop of its own each, to be vectorised."""
+    for n in range(sums.size):
+        sums[n] *= scale
+    if bias.size:
+        for n in range(sums.size):
+            sums[n] += f32(widen(bias[n]))
+    if then == ADD:
+        for n in range(sums.size):
+            out[n] += sums[n]
+    elif then == CAP:
+        for n in range(sums.size):
+            out[n] = cap * tanh_of_half(TWO * sums[n] / cap)
+    elif then == RELU2:
+        for n in range(sums.size):
+            # Not max: NaN must stay NaN.
+            x = ZERO if sums[n] < ZERO else sums[n]
+            out[n] = x * x
+    else:
+        for n in range(sums.size):
+            out[n] = sums[n]
+
+
+@jit
 def product(weight, bias, x, scales, then, cap, out, begin, end):
     """Columns begin .. end of (scales x) weight^T + bias, put into `out` as `then` says.
 
@@ -72,27 +82,24 @@ def product(weight, bias, x, scales, then, cap, out, begin, end):
         scales: [B], fp32, of the rows of x.
         out: [B, N], fp32.
     """
-    batch, row = x.shape[0], 0
+    batch, row, some = x.shape[0], 0, bias[begin:end]
+    sums = np.empty((4, end - begin), np.float32)
     while row < batch:
         left = min(batch - row, 4)
-        # Of three rows the last one stands in for the fourth.
-        second, third, fourth = row + min(1, left - 1), row + min(2, left - 1), row + left - 1
-        for n in range(begin, end):
-            if left == 1:
-                a = b = c = d = _by_one(weight[n], x[row])
-            elif left == 2:
-                a, b = _by_two(weight[n], x[row], x[second])
-                c = d = b
-            else:
-                a, b, c, d = _by_four(weight[n], x[row], x[second], x[third], x[fourth])
-            more = f32(widen(bias[n])) if bias.size else ZERO
-            _put(a * scales[row] + more, then, cap, out, row, n)
-            if left > 1:
-                _put(b * scales[second] + more, then, cap, out, second, n)
-            if left > 2:
-                _put(c * scales[third] + more, then, cap, out, third, n)
-            if left > 3:
-                _put(d * scales[fourth] + more, then, cap, out, fourth, n)
+        if left == 1:
+            for n in range(begin, end):
+                sums[0, n - begin] = _by_one(weight[n], x[row])
+        elif left == 2:
+            for n in range(begin, end):
+                sums[0, n - begin], sums[1, n - begin] = _by_two(weight[n], x[row], x[row + 1])
+        else:
+            # Of three rows the last one stands in for the fourth.
+            for n in range(begin, end):
+                a, b, c, d = _by_four(weight[n], x[row], x[row + 1], x[row + 2], x[row + left - 1])
+                sums[0, n - begin], sums[1, n - begin] = a, b
+                sums[2, n - begin], sums[3, n - begin] = c, d
+        for r in range(left):
+            _finish(sums[r], some, scales[row + r], then, cap, out[row + r, begin:end])
         row += left
 
 

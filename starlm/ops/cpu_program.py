@@ -4,7 +4,6 @@ Layers write themselves down once (`Code`); a step then is one `run`. Called one
 products and the small things between them take up to three times as long as the weights take to be read.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +18,12 @@ from starlm.ops.cpu_math import ONE, f32, jit
 from starlm.ops.cpu_mix import EPS
 from starlm.ops.cpu_product import ADD, CAP, STORE, product, rms_scales
 from starlm.ops.cpu_step import read_row
-from starlm.ops.cpu_tickets import STALLED, await_done, begin, finish, new_counts, take
+from starlm.ops.cpu_tickets import await_done, begin, finish, new_counts, now, take
 
 PRODUCT, READ, ATTEND = 0, 1, 2
-# Bytes of weights that a ticket of a product reads: some microseconds of work.
-TICKET_BYTES = 1 << 16
+# Bytes of weights that a ticket of a product reads: an eighth of the product within these limits, since long
+# pieces are read faster, but there must be some for every thread; some microseconds of work or some tens.
+FEWEST_BYTES, MOST_BYTES = 1 << 16, 1 << 18
 _INTEGERS = (
     "kind", "waits", "tickets", "begin", "end", "after", "source", "width", "out", "then",  # of all
     "weight", "bias", "columns", "of_ticket", "normalise",  # of products
@@ -79,10 +79,10 @@ def _attend(it, floats, batch, like, streams, turns, part):
 
 @jit
 def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
-    """Whether this thread has waited for one that had lost its core."""
+    """Whether this thread has waited for half of the time: one alone would have been as fast."""
     if not begin(counts, leads):
         return False
-    total, number, scaled, longest = code[code.size - 1].end, 0, -1, 0
+    total, number, scaled, waited, begun = code[code.size - 1].end, 0, -1, 0, now()
     scales = np.empty(batch, np.float32)
     while True:
         ticket = take(counts)
@@ -91,7 +91,7 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
         while code[number].end <= ticket:
             number += 1
         it = code[number]
-        longest = max(longest, await_done(counts, it.after))
+        waited += await_done(counts, it.after)
         part = ticket - it.begin
         if it.kind == PRODUCT:
             if scaled != number:
@@ -109,8 +109,8 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
             _attend(it, floats, batch, like, streams, turns, part)
         finish(counts)
     if leads:
-        longest = max(longest, await_done(counts, total))
-    return longest > STALLED
+        waited += await_done(counts, total)
+    return 2 * waited > now() - begun
 
 
 @jit
@@ -152,13 +152,14 @@ class Code:
         width: of the residual stream `x`.
         """
         self._dtype, self._like = dtype, _like(dtype)
-        self._code = np.zeros(0, INSTRUCTION)
-        self._of_batch: dict[int, np.ndarray] = {}
+        self._code = self._head = np.zeros(0, INSTRUCTION)
+        self._of_batch: dict[tuple[int, bool], np.ndarray] = {}
         self._rows: dict[tuple[str, int], Row] = {}
         self._used: set[Row] = set()
         self._written: set[Row] = set()
         self._width = 0
         self.x = self.row("x", width)
+        self.logits: Row | None = None
 
     def row(self, name: str, width: int) -> Row:
         """Room of this name and width, the same for all who ask; undefined until it is written."""
@@ -245,6 +246,17 @@ class Code:
         )
         self._add([query, key, value], out, attention)
 
+    def head(self, weight: Float[Tensor, "V D"], softcap: float) -> None:
+        """What a step ends with where logits are asked for: softcap tanh(weight RMSNorm(x) / softcap).
+
+        Args:
+            softcap: 0 is none.
+        """
+        self.logits = self.row("logits", len(weight))
+        self._head = _head(self.x, self.logits, weight, softcap, normalise=True)
+        self._head["waits"] = True
+        self._of_batch.clear()
+
     def _add(self, sources: list[Row], out: Row, instruction: np.ndarray) -> None:
         assert out not in sources, "columns are written while others are made"
         if out in self._used or not self._written.isdisjoint(sources):
@@ -259,7 +271,7 @@ class Code:
     @property
     def sizes(self) -> list[int]:
         """The numbers of sequences that there are tickets for."""
-        return list(self._of_batch)
+        return list(dict.fromkeys(batch for batch, _ in self._of_batch))
 
     def run(
         self,
@@ -268,25 +280,33 @@ class Code:
         streams: Int[np.ndarray, "L S 3 3 B"],
         origin: Int[np.ndarray, "B A"],
         turns: Float[np.ndarray, "B 2 _"],
-    ) -> Float[Tensor, "B D"]:
-        """x begins as the RMSNorm of rows of the table; all instructions; the RMSNorm of x.
+        *,
+        head: bool = False,
+    ) -> Float[Tensor, "B _"]:
+        """x begins as the RMSNorm of rows of the table; all instructions; the RMSNorm of x, or logits.
 
         Args:
-            table: in the code's dtype, as is the result.
+            table: in the code's dtype, as is the result, but for logits, which are fp32.
             ids: of rows of the table.
             streams: of each layer and stream what `starlm.ops.cpu_step.step` wants to know.
             origin: for each anchored head the row that shift 0 reads, or -1.
             turns: cosines and sines by which attention turns pairs of channels; none for no positions.
+            head: whether logits are asked for, of a code that has a head.
         """
         batch = len(ids)
-        code = self._of_batch.get(batch)
+        code = self._of_batch.get((batch, head))
         if code is None:
-            code = self._of_batch[batch] = _with_tickets(self._code, batch)
+            instructions = np.concatenate([self._code, self._head]) if head else self._code
+            code = self._of_batch[batch, head] = _with_tickets(instructions, batch)
         floats = np.empty(batch * self._width, np.float32)
         x = floats[: batch * self.x.width].reshape(batch, -1)
         # An id that the table does not have is an error there; kernels read whatever stands at an address.
         _enter(array(torch.nn.functional.embedding(ids, table)), x)
         _run(code, floats, batch, self._like, streams, origin, turns)
+        if head:
+            assert self.logits is not None
+            begin, end = self.logits.offset * batch, (self.logits.offset + self.logits.width) * batch
+            return torch.from_numpy(floats[begin:end]).view(batch, -1)
         out = torch.empty(batch, self.x.width, dtype=self._dtype)
         _normalise(x, array(out))
         return out
@@ -299,29 +319,27 @@ def logits(x: Float[Tensor, "B K"], weight: Float[Tensor, "N K"], softcap: float
         x, weight: both of one of `starlm.ops.cpu_step.DTYPES`, weights contiguous.
     """
     batch, (fan_out, fan_in) = len(x), weight.shape
-    code = _one_product(weight.data_ptr(), weight.element_size(), fan_in, fan_out, batch, softcap)
+    code = _head(Row(0, fan_in), Row(fan_in, fan_out), weight, softcap, normalise=False)
     floats = torch.empty(batch * (fan_in + fan_out))
     inputs, results = floats.split([batch * fan_in, batch * fan_out])
     inputs.view_as(x).copy_(x)
-    _run(code, floats.numpy(), batch, _like(weight.dtype), *_NOTHING)
+    _run(_with_tickets(code, batch), floats.numpy(), batch, _like(weight.dtype), *_NOTHING)
     return results.view(batch, fan_out)
 
 
-@lru_cache
-def _one_product(
-    address: int, size: int, fan_in: int, fan_out: int, batch: int, softcap: float
-) -> np.ndarray:
+def _head(source: Row, out: Row, weight: Tensor, softcap: float, *, normalise: bool) -> np.ndarray:
     then = CAP if softcap else STORE
-    product = _product(Row(0, fan_in), Row(fan_in, fan_out), address, 0, size, False, then)
-    product["cap"] = softcap
-    return _with_tickets(product, batch)
+    head = _product(source, out, weight.data_ptr(), 0, weight.element_size(), normalise, then)
+    head["cap"] = softcap
+    return head
 
 
 def _product(
     source: Row, out: Row, weight: int, bias: int, size: int, normalise: bool, then: int
 ) -> np.ndarray:
     """weight, bias: addresses; size: bytes of a weight."""
-    of_ticket = max(1, TICKET_BYTES // (source.width * size))
+    of_row = source.width * size
+    of_ticket = max(1, min(max(FEWEST_BYTES, out.width * of_row // 8), MOST_BYTES) // of_row)
     return _instruction(
         kind=PRODUCT,
         tickets=-(-out.width // of_ticket),

@@ -7,6 +7,7 @@ leader from beginning. Counts are int64 [COUNTS], zeros at the start, shared by 
 """
 
 import sys
+import time
 from typing import Any
 
 import numba
@@ -20,16 +21,29 @@ from starlm.ops.cpu_base import jit
 TAKEN, DONE, BEGUN, COUNTS = 0, 8, 16, 24
 # Looks at a count before the core is offered to others, some microseconds; and how often a helper does so.
 PATIENCE, OFFERS = 1000, 20
-# Offers in one wait, some tenths of a millisecond, that say: who has the ticket has lost its core.
-STALLED = 100
 
 if sys.platform == "win32":
 
     @jit
     def _yield():
         return 0
+
+    @jit
+    def now():
+        return 0
 else:
     _yield = numba.types.ExternalFunction("sched_yield", numba.types.int32())
+    _clock = numba.types.ExternalFunction(
+        "clock_gettime", numba.types.int32(numba.types.int32, numba.types.intp)
+    )
+    _MONOTONIC = time.CLOCK_MONOTONIC
+
+    @jit
+    def now():
+        """Nanoseconds since some moment; 0 on Windows."""
+        seconds_and_more = np.zeros(2, np.int64)
+        _clock(_MONOTONIC, seconds_and_more.ctypes.data)
+        return seconds_and_more[0] * 1_000_000_000 + seconds_and_more[1]
 
 
 def _place(context, builder, signature, args):
@@ -95,10 +109,12 @@ def finish(counts):
 
 @jit
 def await_done(counts, tickets):
-    """Wait until so many are done; how often the core was offered to others meanwhile."""
-    looks = 0
+    """Wait until so many are done; the nanoseconds of it, 0 where that was not long."""
+    looks, begin = 0, 0
     while _look(counts, DONE) < tickets:
         looks += 1
         if looks % PATIENCE == 0:
+            if not begin:
+                begin = now()
             _yield()
-    return looks // PATIENCE
+    return now() - begin if begin else 0

@@ -192,12 +192,12 @@ def test_weights_that_change(device):
     model.load_state_dict({name: x.clone() for name, x in other.state_dict().items()}, assign=True)
     assert (changed := decode()) is not first
     model.head.weight = torch.nn.Parameter(model.head.weight * 2)
-    assert decode() is changed, "the head is not part of it"
+    assert (last := decode()) is not changed, "the head is part of it"
     up = model.blocks[0].mlp.up
     up.weight = torch.nn.Parameter(up.weight * 2)
-    assert (last := decode()) is not changed
+    assert (changed := decode()) is not last
     up.weight.data = up.weight.data * 2
-    assert (moved := decode()) is not last
+    assert (moved := decode()) is not changed
     model.blocks[1].mlp = copy.deepcopy(model.blocks[0].mlp)
     assert (last := decode()) is not moved
     # They begin where they did before, and are fewer.

@@ -14,11 +14,11 @@ from starlm.ops.cpu_step import DTYPES
 THEN = {STORE: lambda old, new: new, ADD: torch.add, RELU2: lambda old, new: torch.relu(new).square()}
 
 
-def run(code, batch, table, streams=None, turns=None):
+def run(code, batch, table, streams=None, turns=None, head=False):
     """Of tokens 0 .. batch."""
     nothing = np.zeros((0, 0, 3, 3, batch), np.int64), np.zeros((batch, 2, 0), np.float32)
     streams, turns = (nothing[0] if streams is None else streams), (nothing[1] if turns is None else turns)
-    return code.run(table, torch.arange(batch), streams, np.zeros((batch, 0), np.int64), turns)
+    return code.run(table, torch.arange(batch), streams, np.zeros((batch, 0), np.int64), turns, head=head)
 
 
 @given(
@@ -29,7 +29,7 @@ def run(code, batch, table, streams=None, turns=None):
     bias=st.booleans(),
     normalise=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-    size=st.sampled_from([1, 1000, 1 << 16]),
+    size=st.sampled_from([1, 1000, cpu_program.MOST_BYTES]),
     threads=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 99),
 )
@@ -37,7 +37,8 @@ def run(code, batch, table, streams=None, turns=None):
 def test_products(batch, width, hidden, then, bias, normalise, dtype, size, threads, seed):
     """Three that wait for each other: of x, of what came of it, and back into x."""
     torch.manual_seed(seed)
-    before, cpu_program.TICKET_BYTES = cpu_program.TICKET_BYTES, size
+    before = cpu_program.FEWEST_BYTES, cpu_program.MOST_BYTES
+    cpu_program.FEWEST_BYTES, cpu_program.MOST_BYTES = min(size, before[0]), size
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -53,7 +54,7 @@ def test_products(batch, width, hidden, then, bias, normalise, dtype, size, thre
         code.product(two, down, code.x, then=ADD)
         got = run(code, batch, table)
     finally:
-        cpu_program.TICKET_BYTES = before
+        cpu_program.FEWEST_BYTES, cpu_program.MOST_BYTES = before
         torch.set_num_threads(torch_threads)
     x, up, mid, down = (t.double() for t in (table, up, mid, down))
     x = rms_norm(x, (width,), eps=1e-6)
@@ -91,6 +92,28 @@ def test_a_code_can_go_on():
     for got in (once, run(code, 2, table)):
         x = x + linear(linear(x, weight), weight)
         torch.testing.assert_close(got, rms_norm(x, (3,), eps=1e-6))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_sees_all_that_came_before(dtype, softcap):
+    """And what asks for no logits goes without."""
+    table, weight = torch.randn(3, 20).to(dtype), torch.randn(20, 20).to(dtype)
+    head = torch.randn(501, 20).to(dtype) * 3
+    code = cpu_program.Code(dtype, 20)
+    code.head(head, softcap)
+    code.product(code.x, weight, code.row("out", 20))
+    code.product(code.row("out", 20), weight, code.x, then=ADD)
+    x = rms_norm(table.double(), (20,), eps=1e-6)
+    x = rms_norm(x + linear(linear(x, weight.double()), weight.double()), (20,), eps=1e-6)
+    logits = linear(x, head.double())
+    wanted = softcap * torch.tanh(logits / softcap) if softcap else logits
+    for _ in range(3):
+        got = run(code, 3, table, head=True)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+        assert run(code, 3, table).shape == table.shape
+    assert code.sizes == [3]
 
 
 @given(
