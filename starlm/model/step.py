@@ -188,8 +188,9 @@ def _plain_head(head: Any, like: Tensor) -> Tensor | None:
     """The weight of a head that is nothing more than its weight, in the dtype and place of the others."""
     if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
         return None
-    same = head.weight.dtype == like.dtype and head.weight.device == like.device
-    return head.weight if same and head.weight.is_contiguous() else None
+    weight, kernel = head.weight, step_kernel(like.device)
+    same = weight.dtype == like.dtype and weight.device == like.device and weight.is_contiguous()
+    return weight if same and kernel is not None and weight.dtype in kernel.DTYPES else None
 
 
 def parts_of(model: Any) -> Parts:
