@@ -1,5 +1,7 @@
 """A step's instructions against PyTorch, one by one; whole models: tests/model/test_step.py."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from starlm.ops import cpu_program
+from starlm.ops import cpu_program, cpu_tickets
 from starlm.ops.cpu_product import ADD, RELU2, STORE
 from starlm.ops.cpu_step import DTYPES
 
@@ -92,6 +94,28 @@ def test_a_code_can_go_on():
     for got in (once, run(code, 2, table)):
         x = x + linear(linear(x, weight), weight)
         torch.testing.assert_close(got, rms_norm(x, (3,), eps=1e-6))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_step_says_whether_it_waited_for_half_of_its_time(held, monkeypatch):
+    """For a ticket that somebody took and keeps for a while."""
+    told = []
+    monkeypatch.setattr(cpu_program, "together", lambda work: told.append(work(True)))
+    code, table = cpu_program.Code(torch.float32, 4), torch.ones(1, 4)
+    code.product(code.x, torch.eye(4), code.row("out", 4))
+    code.product(code.row("out", 4), torch.eye(4), code.x)
+    run(code, 1, table)
+
+    def counts():
+        counts = cpu_tickets.new_counts()
+        if held:
+            cpu_tickets.take(counts)
+            threading.Timer(0.2, cpu_tickets.finish, [counts]).start()
+        return counts
+
+    monkeypatch.setattr(cpu_program, "new_counts", counts)
+    run(code, 1, table)
+    assert told[1] == held
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

@@ -61,3 +61,14 @@ def test_helpers_do_nothing_where_nobody_leads():
     _work(counts, taken, 10, 0, True)
     _work(counts, taken, 10, 0, False)
     assert (taken[0] == 1).all()
+
+
+def test_waiting_is_told_in_nanoseconds():
+    counts = cpu_tickets.new_counts()
+    assert cpu_tickets.await_done(counts, 0) == 0
+    # Compiled before the clock runs.
+    cpu_tickets.finish(cpu_tickets.new_counts())
+    begin = time.monotonic_ns()
+    threading.Timer(0.2, cpu_tickets.finish, [counts]).start()
+    waited = cpu_tickets.await_done(counts, 1)
+    assert 1e8 < waited < time.monotonic_ns() - begin
