@@ -62,7 +62,8 @@ class StarLM(nn.Module):
             state: from `new_state`; gets the tokens appended.
             last_only: logits of the last token only, [B, 1, V].
         """
-        if state is not None:
+        # A subclass may have logits of its own.
+        if state is not None and type(self) is StarLM:
             self._check_state(tokens, state)
             if (stepped := step(self, tokens, first, state, logits=True)) is not None:
                 return stepped

@@ -15,6 +15,7 @@ from relations import assert_close
 
 from starlm.errors import InputError
 from starlm.model import graph, program, step
+from starlm.model.model import StarLM
 from starlm.model.state import DecodeState, row_layout
 from starlm.ops import cpu_program, cpu_step, plain, triton_step
 
@@ -388,6 +389,17 @@ def test_a_head_of_another_make_is_called():
     model.head = torch.nn.Linear(32, len(weight))
     model(tokens, state=model.new_state(2))
     assert step.logits_of_step(model, hidden) is None
+
+
+def test_a_subclass_has_its_own_logits(device):
+    class Doubled(StarLM):
+        def logits(self, hidden, *, step=False):
+            return 2 * super().logits(hidden, step=step)
+
+    model, tokens = model_on(device), tokens_on(device, 2, 1)
+    wanted = 2 * model(tokens, state=model.new_state(2))
+    model.__class__ = Doubled
+    assert_close(model(tokens, state=model.new_state(2)), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
