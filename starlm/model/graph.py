@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.model.state import StepInputs
 from starlm.nn.block import through
 from starlm.nn.state import Reserved
 
@@ -35,24 +35,13 @@ class Graphs:
         """The numbers of slots that there are graphs for, the one unused for longest first."""
         return list(self.steps)
 
-    def logits(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 V"]:
-        """The head is no part of a graph."""
-        return model.logits(self.hidden(model, tokens, table, origin))
+    def logits(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 V"]:
+        """The model's logits of that; the head is no part of a graph."""
+        return model.logits(self.hidden(model, inputs))
 
-    def hidden(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 D"]:
+    def hidden(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 D"]:
         """The residual stream after the last block, normalised."""
+        tokens, table, origin = inputs
         weight, places = model.embedding.weight, torch.from_numpy(table)
         # The memory of a graph is for one call at a time.
         with self._lock, torch.cuda.device_of(weight):

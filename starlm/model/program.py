@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.model.state import StepInputs
 from starlm.nn.attention import Attention
 
 # For more slots PyTorch's products, layer by layer, may be as fast (docs/performance.md).
@@ -34,31 +35,18 @@ class Program:
         """The numbers of slots that have had a step."""
         return self._code.sizes
 
-    def hidden(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 D"]:
+    def hidden(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 D"]:
         """The residual stream after the last block, normalised."""
-        return self._run(model, tokens, table, origin, head=False)
+        return self._run(model, inputs, head=False)
 
-    def logits(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 V"]:
+    def logits(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 V"]:
         """The model's logits of that, in the same call if its head is a dense layer like the others."""
         if self._code.logits is None:
-            return model.logits(self.hidden(model, tokens, table, origin))
-        return self._run(model, tokens, table, origin, head=True)
+            return model.logits(self.hidden(model, inputs))
+        return self._run(model, inputs, head=True)
 
-    def _run(
-        self, model: Any, tokens: Tensor, table: np.ndarray, origin: Tensor | None, *, head: bool
-    ) -> Float[Tensor, "B 1 _"]:
+    def _run(self, model: Any, inputs: StepInputs, *, head: bool) -> Float[Tensor, "B 1 _"]:
+        tokens, table, origin = inputs
         rows = np.zeros((len(tokens), 0), np.int64) if origin is None else origin.numpy()
         turns = self._turns(model, table)
         return self._code.run(model.embedding.weight, tokens[:, 0], table, rows, turns, head=head)[:, None]

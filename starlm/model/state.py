@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,16 @@ class Places:
 
     def __reduce__(self):
         return type(None), ()
+
+
+class StepInputs(NamedTuple):
+    """What a step of one token of each slot is given, beside the model."""
+
+    tokens: Int[Tensor, "B 1"]
+    table: Int[np.ndarray, "L S 3 3 B"]
+    """See `DecodeState.reserve`."""
+    origin: Int[Tensor, "B A"] | None
+    """For each anchored head the row that shift 0 reads, or -1; on the host."""
 
 
 def row_layout(mixers: Iterable[Mixer], like: Tensor) -> tuple:

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.model.graph import Graphs
 from starlm.model.program import MOST_ROWS, Program
-from starlm.model.state import DecodeState, Mixer, row_layout
+from starlm.model.state import DecodeState, Mixer, StepInputs, row_layout
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer, step_kernel
@@ -68,7 +67,7 @@ def step(
         origins = model._origins(tokens.cpu(), reach, state)
         origin = torch.cat([origins[n] for n in orders], dim=1)
     run = parts.stepper.logits if logits else parts.stepper.hidden
-    result = run(model, tokens, table, origin)
+    result = run(model, StepInputs(tokens, table, origin))
     state.advance(1, first)
     return result
 
@@ -97,29 +96,12 @@ class Stepper(Protocol):
         """The numbers of slots that it has something for, the one unused for longest first."""
         ...
 
-    def hidden(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 D"]:
-        """The residual stream after the last block, normalised.
-
-        Args:
-            table: see `DecodeState.reserve`.
-            origin: for each anchored head the row that shift 0 reads, or -1; on the host.
-        """
+    def hidden(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 D"]:
+        """The residual stream after the last block, normalised."""
         ...
 
-    def logits(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "B 1"],
-        table: Int[np.ndarray, "L S 3 3 B"],
-        origin: Int[Tensor, "B A"] | None,
-    ) -> Float[Tensor, "B 1 V"]:
-        """The model's logits of that; arguments as for `hidden`."""
+    def logits(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 V"]:
+        """The model's logits of that."""
         ...
 
 
