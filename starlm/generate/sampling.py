@@ -1,14 +1,17 @@
 """How the next token is chosen from logits."""
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from starlm.errors import InputError, StarLMError
+from starlm.ops.plain import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +56,12 @@ class Sampling:
         )
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits", "seed")
 
-    def generator(self, index: int = 0) -> torch.Generator:
+    def generator(self, index: int = 0) -> random.Random:
         """A random generator started from `seed` and the index of a sample."""
-        generator = torch.Generator()
         if self.seed is None:
-            generator.seed()
-        elif index:
-            # Far apart, and different for different seeds.
-            generator.manual_seed((self.seed + index * 0x9E3779B97F4A7C15) % 2**64)
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+            return random.Random()
+        # Far apart, and different for different seeds.
+        return random.Random((self.seed + index * 0x9E3779B97F4A7C15) % 2**64)
 
 
 class Sampler:
@@ -87,7 +85,9 @@ class Sampler:
         Raises:
             InputError: `logit_bias` names a token that is not in the vocabulary.
         """
-        self.sampling, self.generator = sampling, sampling.generator(index)
+        self.sampling, self._random = sampling, sampling.generator(index)
+        # Where in 0 .. 1 of the distribution the next token is drawn.
+        self.point = self._random.random()
         # Tokens that may be chosen, bool [V]; None for all.
         self.allowed: Tensor | None = None
         self._occurred = self._counts = self._bias = None
@@ -111,6 +111,19 @@ class Sampler:
         """Whether `adjust` changes anything."""
         parts = (self._occurred, self._counts, self._bias, self.allowed)
         return any(part is not None for part in parts)
+
+    def options(self, vocab_size: int) -> tuple[float, ...]:
+        """One row of `starlm.ops.cpu_choose.OPTIONS`, for logits [vocab_size]."""
+        parts = self._occurred, self._counts, self._bias, self.allowed
+        assert all(part is None or len(part) >= vocab_size for part in parts)
+        o = self.sampling
+        penalties = o.repetition_penalty, o.presence_penalty, o.frequency_penalty
+        places = (0 if part is None else part.data_ptr() for part in parts)
+        return o.temperature, o.top_p, o.min_p, *penalties, self.point, o.top_k, *places
+
+    def draw_on(self) -> None:
+        """Go on to the next place of the random stream."""
+        self.point = self._random.random()
 
     def add(self, token: int) -> None:
         """Count a token that was chosen."""
@@ -142,25 +155,37 @@ def choose(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> list[in
     Raises:
         StarLMError: a sample's logits are NaN, or nothing is left to choose.
     """
-    logits = _adjusted(logits, samplers)
-    likeliest, chosen = logits.max(dim=-1)
-    if not likeliest.isfinite().all():
+    if logits.device.type == "cpu" and logits.dtype != torch.float64 and not is_plain():
+        from starlm.ops import cpu_choose  # numba takes half a second to import
+
+        options = np.array([s.options(logits.shape[1]) for s in samplers], cpu_choose.OPTIONS)
+        tokens = cpu_choose.choose(logits.float(), options)
+    else:
+        tokens = _choose(logits, samplers)
+    if min(tokens) < 0:
         raise StarLMError(
             "The model's logits are not finite, or logit_bias forbids every token. Check the checkpoint, or "
             "ask for less."
         )
-    tokens = chosen.tolist()
+    for sampler in samplers:
+        if sampler.sampling.temperature > 0:
+            sampler.draw_on()
+    return tokens
+
+
+def _choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """`choose` by PyTorch; -1 where there is nothing to choose."""
+    logits = _adjusted(logits, samplers)
+    likeliest, chosen = logits.max(dim=-1)
+    tokens = chosen.where(likeliest.isfinite(), -1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
-    if drawn:
-        some = logits if len(drawn) == len(samplers) else logits[drawn]
-        chances = _distribution(some, [samplers[row].sampling for row in drawn])
+    if drawn and min(tokens) >= 0:
+        chances = _distribution(logits[drawn], [samplers[row].sampling for row in drawn])
         # In fp64, so that the tail of a large vocabulary keeps its share.
         ends = chances.double().cumsum(-1)
-        draws = [torch.rand(1, dtype=torch.float64, generator=samplers[row].generator) for row in drawn]
-        points = torch.stack(draws).to(ends.device) * ends[:, -1:]
-        for row, token in zip(
-            drawn, torch.searchsorted(ends, points, right=True)[:, 0].tolist(), strict=True
-        ):
+        points = torch.tensor([[samplers[row].point] for row in drawn], dtype=torch.float64).to(ends.device)
+        found = torch.searchsorted(ends, points * ends[:, -1:], right=True)[:, 0]
+        for row, token in zip(drawn, found.tolist(), strict=True):
             tokens[row] = token
     return tokens
 

@@ -133,9 +133,9 @@ def spoken(pieces):
 
 
 def test_answers_continue_the_text(model):
-    sampling = Sampling(seed=3, temperature=0.7)
+    sampling = Sampling(seed=4, temperature=0.7)
     got = spoken(answer(engine_of(model), TALK, render=None, max_tokens=12, sampling=sampling))
-    assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=3, temperature=0.7)
+    assert got == model.generate("Be brief.\n\nHiHello\nBye", max_tokens=12, seed=4, temperature=0.7)
 
 
 def test_answers_after_a_template(model, monkeypatch):

@@ -1,6 +1,7 @@
 """The distribution that tokens are drawn from, by hand, and the draws."""
 
 import math
+import random
 
 import hypothesis.strategies as st
 import pytest
@@ -71,6 +72,8 @@ def test_distribution(options, wanted):
 
 def test_top_k_lets_no_tie_through():
     assert probabilities(torch.zeros(10), Sampling(top_k=3)).gt(0).sum() == 3
+    made = sampler(Sampling(top_k=3, seed=1))
+    assert {choose(torch.tensor([0.0, 1, 0, 0, 1, 0]), made) for _ in range(100)} == {0, 1, 4}
 
 
 def test_repetition_penalty():
@@ -111,6 +114,76 @@ def test_nothing_to_choose():
     for logits, made in ((torch.zeros(3), nothing), (torch.full((3,), torch.nan), sampler(Sampling()))):
         with pytest.raises(StarLMError, match="not finite, or logit_bias forbids every token"):
             choose(logits, made)
+
+
+def test_an_error_costs_the_others_no_draw():
+    """Who is asked again after a neighbour's failure gets the token that it would have got."""
+    logits = torch.randn(2, 50)
+    logits[1, 7] = torch.nan
+    made, alone = sampler(Sampling(seed=1)), sampler(Sampling(seed=1))
+    for _ in range(20):
+        with pytest.raises(StarLMError, match="not finite"):
+            module.choose(logits, [made, sampler(Sampling(seed=2))])
+        assert choose(logits[0], made) == choose(logits[0], alone)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [Sampling(), Sampling(temperature=0), Sampling(top_p=0.5)])
+@pytest.mark.parametrize("place", [0, 8, 18])
+def test_one_bad_logit_is_seen(bad, options, place):
+    logits = torch.randn(19)
+    logits[place] = bad
+    with pytest.raises(StarLMError, match="not finite"):
+        choose(logits, sampler(options))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 300, 1021])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_chooses_as_defined(vocab, dtype):
+    """Token by token what PyTorch draws in fp64, ties and all, since both draw at the same places."""
+    torch.manual_seed(vocab)
+    chance = random.Random(vocab)
+    for turn in range(60):
+        # Multiples of 1/8 have many equals, of which PyTorch's topk takes any.
+        ranked = turn % 2 and dtype == torch.float32
+        logits = torch.randn(8, vocab) * 3 if turn % 2 else torch.randint(-40, 40, (8, vocab)) / 8
+        logits = logits.to(dtype)
+        options = [
+            Sampling(
+                temperature=chance.choice([0, 1e-300, 0.3, 1.0, 2.0]),
+                top_k=chance.choice([0, 0, 1, 4, 50]) if ranked else 0,
+                top_p=chance.choice([1.0, 1.0, 0.97, 0.6, 1e-9]),
+                min_p=chance.choice([0.0, 0.0, 0.011, 1.0]),
+                repetition_penalty=chance.choice([1.0, 1.3]),
+                presence_penalty=chance.choice([0.0, 0.5]),
+                frequency_penalty=chance.choice([0.0, -0.25]),
+                logit_bias=chance.choice([{}, {0: 2.0, vocab - 1: -math.inf if vocab > 1 else 1.0}]),
+                seed=turn,
+            )
+            for _ in range(8)
+        ]
+        history = torch.randint(vocab, (2, 6)).tolist()
+        ours, defined = ([sampler(o, *history, vocab) for o in options] for _ in range(2))
+        if turn % 3 == 0:
+            for made in ours[0], defined[0]:
+                made.allowed = torch.arange(vocab) % 2 == 0
+        assert module.choose(logits, ours) == module.choose(logits.double(), defined)
+
+
+def test_every_place_of_the_distribution():
+    """The ends 0 and 1 - 2^-53 of where draws fall, and what stands first or last with chance 0."""
+    logits = torch.full((1, 700), -torch.inf)
+    logits[0, 300:310] = torch.tensor([1.0, 2.0] * 5).log()
+    made = sampler(Sampling(temperature=1.0, seed=0))
+    for point, token in (
+        (0.0, 300),
+        (1 - 2**-53, 309),
+        (1 / 15 + 1e-6, 301),
+        (0.2 - 1e-6, 301),
+        (0.2001, 302),
+    ):
+        made.point = point
+        assert module.choose(logits, [made]) == [token]
 
 
 OPTIONS = st.builds(
