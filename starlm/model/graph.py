@@ -43,9 +43,10 @@ class Graphs:
         """The residual stream after the last block, normalised."""
         tokens, table, origin = inputs
         weight, places = model.embedding.weight, torch.from_numpy(table)
+        rows = torch.from_numpy(origin) if origin.size else None
         # The memory of a graph is for one call at a time.
         with self._lock, torch.cuda.device_of(weight):
-            return self._of(places, origin, weight.device)(model, tokens, places, origin)
+            return self._of(places, rows, weight.device)(model, tokens, places, rows)
 
     def _of(self, table: Tensor, origin: Tensor | None, device: torch.device) -> "Step":
         """That for so many slots."""

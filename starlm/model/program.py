@@ -47,9 +47,8 @@ class Program:
 
     def _run(self, model: Any, inputs: StepInputs, *, head: bool) -> Float[Tensor, "B 1 _"]:
         tokens, table, origin = inputs
-        rows = np.zeros((len(tokens), 0), np.int64) if origin is None else origin.numpy()
         turns = self._turns(model, table)
-        return self._code.run(model.embedding.weight, tokens[:, 0], table, rows, turns, head=head)[:, None]
+        return self._code.run(model.embedding.weight, tokens[:, 0], table, origin, turns, head=head)[:, None]
 
     def _turns(self, model: Any, table: Int[np.ndarray, "L S 3 3 B"]) -> Float[np.ndarray, "B 2 _"]:
         """Cosines and sines of the new tokens' rotary angles."""

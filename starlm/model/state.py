@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from starlm.errors import InputError
 from starlm.nn.attention import Attention
 from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
+
+if TYPE_CHECKING:
+    from starlm.ops.ngrams import NgramIndex
 
 # Of layers whose rows a step can write by itself.
 Mixer = Deformer | Attention
@@ -36,14 +40,20 @@ class Places:
         return type(None), ()
 
 
+@lru_cache(maxsize=8)
+def _side_by_side(places: tuple[Places, ...]) -> Int[np.ndarray, "L S 3 3 B"]:
+    """The tables of slots, which stay the same for many steps."""
+    return np.stack([one.table for one in places], axis=-1)
+
+
 class StepInputs(NamedTuple):
     """What a step of one token of each slot is given, beside the model."""
 
     tokens: Int[Tensor, "B 1"]
     table: Int[np.ndarray, "L S 3 3 B"]
     """See `DecodeState.reserve`."""
-    origin: Int[Tensor, "B A"] | None
-    """For each anchored head the row that shift 0 reads, or -1; on the host."""
+    origin: Int[np.ndarray, "B A"]
+    """For each anchored head the row that shift 0 reads, or -1."""
 
 
 def row_layout(mixers: Iterable[Mixer], like: Tensor) -> tuple:
@@ -199,7 +209,7 @@ class DecodeState:
         return [LayerState(streams, lengths, place, starts) for streams in columns]
 
     def reserve(
-        self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Sequence[int]
+        self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Int[np.ndarray, "B"]
     ) -> Int[np.ndarray, "L S 3 3 B"] | None:
         """Room for one more token in every slot, in all layers at once: what `Deformer.reserve` says of each.
 
@@ -212,25 +222,40 @@ class DecodeState:
             starts: for each slot the first row that its token may read.
         """
         found = [slot.reserve(mixers, like, layout) for slot in self.slots]
-        tables = [places.table for places in found if places is not None]
-        if len(tables) < len(found):
+        there = tuple(places for places in found if places is not None)
+        if len(there) < len(found):
             return None
-        table = np.stack(tables, axis=-1)
+        table = _side_by_side(there).copy()
         table[..., 1, :] += np.array(self.lengths)
-        table[..., 2, :] += np.array(starts)
+        table[..., 2, :] += starts
         return table
+
+    def anchors_of_each(
+        self, tokens: Int[Tensor, "B"], starts: Int[np.ndarray, "B"]
+    ) -> Int[np.ndarray, "B N"]:
+        """`anchors` of one token of each slot; `starts`: the first row that it may read, int64."""
+        from starlm.ops.ngrams import append_each  # numba takes half a second to import
+
+        return append_each(self._indices(), tokens, starts)
 
     def anchors(self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T N"]:
         """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens."""
         ids = tokens.cpu().numpy()
         starts = [None] * self.batch if first is None else list(first.long().cpu().numpy())
         found = []
-        for number, (slot, start) in enumerate(zip(self.slots, starts, strict=True)):
-            assert slot.index is not None
-            # After a call that failed halfway the index may be ahead.
-            slot.index.crop(slot.length)
-            found.append(slot.index.append(ids[number], start))
+        for number, (index, start) in enumerate(zip(self._indices(), starts, strict=True)):
+            found.append(index.append(ids[number], start))
         return torch.from_numpy(np.stack(found)).to(tokens.device)
+
+    def _indices(self) -> "list[NgramIndex]":
+        """Those of the slots, of their tokens."""
+        indices = []
+        for slot in self.slots:
+            assert slot.index is not None
+            # After a call that failed halfway it may be ahead.
+            slot.index.crop(slot.length)
+            indices.append(slot.index)
+        return indices
 
     def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
         """The first row that the next `length` tokens may read: that of the last token; None for row 0."""

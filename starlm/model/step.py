@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from starlm.model.state import DecodeState, Mixer, StepInputs, row_layout
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer, step_kernel
+from starlm.nn.heads import LONGEST
 from starlm.nn.mlp import MLP
+from starlm.ops.anchors import longest
 from starlm.ops.plain import is_plain
 
 # Of what a model must be made; and blocks, also those of transformers.
@@ -53,19 +56,16 @@ def step(
     parts = parts_of(model)
     if parts.stepper is None or parts.are_hooked():
         return None
-    starts = [slot.first for slot in state.slots]
     if first is not None:
         first = first.cpu()
-        starts = first[:, 0].tolist()
+    starts = np.array([slot.first for slot in state.slots] if first is None else first[:, 0].tolist())
     table = state.reserve(parts.mixers, model.embedding.weight, parts.layout, starts)
     if table is None:
         return None
-    origin = None
-    if orders := parts.orders:
+    origin = np.empty((len(tokens), 0), np.int64)
+    if parts.orders:
         # Here the host waits for the token.
-        reach = state.first(1, torch.device("cpu")) if first is None else first
-        origins = model._origins(tokens.cpu(), reach, state)
-        origin = torch.cat([origins[n] for n in orders], dim=1)
+        origin = parts.of_heads(state.anchors_of_each(tokens[:, 0].cpu(), starts))
     run = parts.stepper.logits if logits else parts.stepper.hidden
     result = run(model, StepInputs(tokens, table, origin))
     state.advance(1, first)
@@ -133,6 +133,8 @@ class Parts:
             self.layout = row_layout(self.mixers, weight)
             # Of anchored heads, which are the same in all layers that have any.
             self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer)), [])
+            known = [*model.orders, LONGEST]
+            self._columns = [known.index(n) for n in self.orders]
             self.stepper = STEPPERS[weight.device.type](model, self.head)
 
     def are_those_of(self, model: Any) -> bool:
@@ -144,6 +146,13 @@ class Parts:
     def are_hooked(self) -> bool:
         """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
         return any(self._hooks) or any("forward" in own for own in self._vars)
+
+    def of_heads(self, found: Int[np.ndarray, "B N"]) -> Int[np.ndarray, "B A"]:
+        """The anchors of anchored heads, of those for each n that the model has."""
+        if LONGEST in self.orders:
+            best = longest(dict(enumerate(torch.from_numpy(found)[:, None].unbind(-1))))
+            found = np.concatenate([found, best.numpy()], axis=1)
+        return found[:, self._columns]
 
     def _look(self) -> list[Any]:
         # For every token: as little Python as can be. Part of a weight may begin where all of it did.

@@ -33,7 +33,7 @@ class Block(nn.Module):
         state: LayerState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
-        step = state is not None and x.shape[1] == 1
+        step = state is not None
         x = x + self.mixer(rms(x, step=step, cast=True), first=first, origins=origins, state=state)
         return x if self.mlp is None else x + self.mlp(rms(x, step=step, cast=True))
 
@@ -59,7 +59,8 @@ def through(
         layers: of a decode state, one for each block, or None.
         first, origins: as for `Deformer.forward`.
     """
-    x = rms(x)
+    step = any(layer is not None for layer in layers)
+    x = rms(x, step=step)
     for block, layer in zip(blocks, layers, strict=True):
         x = block(x, first=first, origins=origins, state=layer)
-    return rms(x, cast=True)
+    return rms(x, step=step, cast=True)

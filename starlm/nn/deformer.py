@@ -295,15 +295,16 @@ class Deformer(nn.Module):
     def _origin(self, origins: Mapping[int, Int[Tensor, "B T"]]) -> Int[Tensor, "B T A"] | None:
         return torch.stack([origins[n] for n in self.orders], dim=-1) if self.orders else None
 
-    def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B 1 D"] | None:
-        """`_read` of one new token of each slot in one call; None where that cannot be."""
+    def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B T D"] | None:
+        """`_read` of new tokens of all slots in one go, on a GPU one of each; None where that cannot be."""
         if isinstance(state, Reserved):
             from starlm.ops import triton_step
 
             place = state.streams[self.streams.index(stream)]
             return triton_step.step(values, shift, gate, state.origin, place, **self._step_layout)
-        one_each = values.shape[1] == 1 and len(values) == len(state.slots)
-        if not one_each or state.rows_device not in (None, values.device):
+        on_cpu = values.device.type == "cpu"
+        fits = values.shape[1] == 1 or (on_cpu and values.shape[1] > 1)
+        if not fits or len(values) != len(state.slots) or state.rows_device not in (None, values.device):
             return None
         if is_plain() or torch.compiler.is_compiling() or (kernel := step_kernel(values.device)) is None:
             return None
@@ -312,11 +313,11 @@ class Deformer(nn.Module):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return None
-        if (places := self.reserve(stream, values, first, state)) is None:
+        if (places := self.reserve(stream, values, first, state, count=values.shape[1])) is None:
             return None
-        if values.device.type == "cpu":
+        if on_cpu:
             rows = [origins[n] for n in self.orders]
-            return kernel.step(values, shift, gate, rows, places, **self._step_layout)
+            return kernel.step(values, shift, gate, rows, places, first=first, **self._step_layout)
         origin = self._origin(origins)
         places = torch.from_numpy(places).to(values.device, non_blocking=True)
         return kernel.step(
@@ -328,9 +329,15 @@ class Deformer(nn.Module):
         return {**self._counts, "heads": self.heads, "max_shift": self.max_shift}
 
     def reserve(
-        self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState
+        self,
+        stream: str,
+        like: Tensor,
+        first: Int[Tensor, "B T"] | None,
+        state: LayerState,
+        *,
+        count: int = 1,
     ) -> Int[np.ndarray, "3 3 B"] | None:
-        """Room for one more row of a stream in every slot: what the kernels of a step need to know of them.
+        """Room for more rows of a stream in every slot: what the kernels of a step need to know of them.
 
         The rows are for the kernel to write. None if a slot holds rows of another dtype, device or shape.
 
@@ -338,10 +345,11 @@ class Deformer(nn.Module):
             stream: one of `streams`.
             like: in the dtype and on the device of the rows.
             first: as for `forward`.
+            count: rows.
 
         Returns:
             For `now`, anchored and box heads, and each slot: the address of its buffer, the rows that it has,
-            and the first that may be read.
+            and the first that the first of the new tokens may read.
         """
         places = np.zeros((3, 3, len(state.slots)), np.int64)
         # In the order of the kernels' kinds.
@@ -350,7 +358,7 @@ class Deformer(nn.Module):
                 keep, sums = None if name == "anchored" else self.max_shift, name == "box"
                 span, dtype = self.spans[name], torch.float64 if sums else like.dtype
                 row = like.new_empty(0, span.stop - span.start, self.dim // self.heads, dtype=dtype)
-                found = state.reserve(f"{stream}.{name}", keep, row, first, sums=sums)
+                found = state.reserve(f"{stream}.{name}", keep, row, first, count=count, sums=sums)
                 if found is None:
                     return None
                 places[kind] = found

@@ -172,15 +172,17 @@ class LayerState:
         like: Tensor,
         first: Tensor | None,
         *,
+        count: int = 1,
         sums: bool = False,
     ) -> Int[np.ndarray, "3 B"] | None:
-        """Room for one more row in each slot's buffer: its address, its rows so far, the first row to read.
+        """Room for more rows in each slot's buffer: its address, its rows so far, the first row to read.
 
-        The row is for the caller to write. None if a slot holds rows of another dtype, device or shape.
+        The rows are for the caller to write. None if a slot holds rows of another dtype, device or shape.
 
         Args:
-            like: rows [..., H, C] in the dtype and on the device of the new one.
-            first: [B, 1], absolute.
+            like: rows [..., H, C] in the dtype and on the device of the new ones.
+            first: [B, T], absolute, of which that of the first new token counts.
+            count: T.
             sums: the stream is one of `box`.
         """
         addresses, pasts, bases = [], [], []
@@ -188,7 +190,7 @@ class LayerState:
             rows = streams.get(stream, _sums(keep) if sums else keep)
             if sums and not length:
                 rows.append(like.new_zeros(1, *like.shape[-2:]), 0)
-            pasts.append(rows.reserve(1, length + sums, like))
+            pasts.append(rows.reserve(count, length + sums, like))
             if (address := rows.address_for(like)) is None:
                 return None
             addresses.append(address)

@@ -13,14 +13,15 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from starlm.ops.cpu_attention import attend
-from starlm.ops.cpu_base import array, pointer, store, together, widen
+from starlm.ops.cpu_base import array, index, pointer, store, together, widen
 from starlm.ops.cpu_math import ONE, f32, jit
 from starlm.ops.cpu_mix import EPS
 from starlm.ops.cpu_product import ADD, CAP, STORE, product, rms_scales
-from starlm.ops.cpu_step import read_row
+from starlm.ops.cpu_step import append_row, read_row
 from starlm.ops.cpu_tickets import await_done, begin, finish, new_counts, now, take
 
 PRODUCT, READ, ATTEND = 0, 1, 2
+_ZERO = np.int64(0)
 # Bytes of weights that a ticket of a product reads: an eighth of the product within these limits, since long
 # pieces are read faster, but there must be some for every thread; some microseconds of work or some tens.
 FEWEST_BYTES, MOST_BYTES = 1 << 16, 1 << 18
@@ -57,12 +58,14 @@ def _read(it, floats, batch, like, streams, origin, b):
     shift = _rows(floats, batch, it.shift, it.width)[b]
     gate = _rows(floats, batch, max(it.gate, 0), it.width)[b]
     out, read = _rows(floats, batch, it.out, it.width)[b], np.empty(it.width, np.float32)
+    row = np.empty(it.width, like.dtype)
     spans = np.int64(0), it.near, it.anchored, it.width
     places = streams[it.layer, it.stream]
-    furthest, gated = f32(it.furthest), it.sigmoid != 0
-    read_row(values, shift, gate, origin[b], spans, places, b, it.channels, furthest, gated, like, read)
+    append_row(values, spans, places, b, _ZERO, it.channels, like, row)
+    settings = it.channels, f32(it.furthest), it.sigmoid != 0
+    read_row(shift, gate, origin[b], spans, places, b, _ZERO, _ZERO, *settings, like, read)
     for c in range(it.width):
-        x = read[c] * gate[c] if it.gate >= 0 and not gated else read[c]
+        x = read[c] * gate[c] if it.gate >= 0 and not it.sigmoid else read[c]
         out[c] = out[c] + x if it.then == ADD else x
 
 
@@ -78,8 +81,33 @@ def _attend(it, floats, batch, like, streams, turns, part):
 
 
 @jit
-def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
-    """Whether this thread has waited for half of the time: one alone would have been as fast."""
+def _normalise(x, out):
+    """out = RMSNorm of x, which it may be."""
+    scales = np.empty(x.shape[0], np.float32)
+    rms_scales(x, EPS, scales)
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            store(out[b], c, x[b, c] * scales[b])
+
+
+@jit
+def _enter(table, ids, x):
+    """x = RMSNorm of rows of the table."""
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            x[b, c] = widen(table[ids[b], c])
+    _normalise(x, x)
+
+
+@jit
+def _work(counts, code, floats, batch, like, ids, streams, origin, turns, leads):
+    """Whether this thread has waited for half of the time: one alone would have been as fast.
+
+    Args:
+        like: the table of embeddings, of which the step begins with the rows `ids`, if there are any.
+    """
+    if leads and ids.size:
+        _enter(like, ids, _rows(floats, batch, 0, like.shape[1]))
     if not begin(counts, leads):
         return False
     total, number, scaled, waited, begun = code[code.size - 1].end, 0, -1, 0, now()
@@ -113,25 +141,6 @@ def _work(counts, code, floats, batch, like, streams, origin, turns, leads):
     return 2 * waited > now() - begun
 
 
-@jit
-def _enter(rows, x):
-    """x = RMSNorm of rows in the dtype of the weights."""
-    for b in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            x[b, c] = widen(rows[b, c])
-    _normalise(x, x)
-
-
-@jit
-def _normalise(x, out):
-    """out = RMSNorm of x, which it may be."""
-    scales = np.empty(x.shape[0], np.float32)
-    rms_scales(x, EPS, scales)
-    for b in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            store(out[b], c, x[b, c] * scales[b])
-
-
 class Row(NamedTuple):
     """Room for `width` numbers of each sequence, behind `offset` others."""
 
@@ -151,7 +160,7 @@ class Code:
         dtype: of weights and of the rows of a decode state, one of `starlm.ops.cpu_step.DTYPES`.
         width: of the residual stream `x`.
         """
-        self._dtype, self._like = dtype, _like(dtype)
+        self._dtype = dtype
         self._code = self._head = np.zeros(0, INSTRUCTION)
         self._of_batch: dict[tuple[int, bool], np.ndarray] = {}
         self._rows: dict[tuple[str, int], Row] = {}
@@ -299,16 +308,17 @@ class Code:
             instructions = np.concatenate([self._code, self._head]) if head else self._code
             code = self._of_batch[batch, head] = _with_tickets(instructions, batch)
         floats = np.empty(batch * self._width, np.float32)
-        x = floats[: batch * self.x.width].reshape(batch, -1)
-        # An id that the table does not have is an error there; kernels read whatever stands at an address.
-        _enter(array(torch.nn.functional.embedding(ids, table)), x)
-        _run(code, floats, batch, self._like, streams, origin, turns)
+        rows = index(ids)
+        # Kernels read whatever stands at an address.
+        if rows.min() < 0 or rows.max() >= len(table):
+            raise IndexError(f"Token ids must be 0 to {len(table) - 1}; got {rows.tolist()}.")
+        _run(code, floats, batch, array(table), rows, streams, origin, turns)
         if head:
             assert self.logits is not None
             begin, end = self.logits.offset * batch, (self.logits.offset + self.logits.width) * batch
             return torch.from_numpy(floats[begin:end]).view(batch, -1)
         out = torch.empty(batch, self.x.width, dtype=self._dtype)
-        _normalise(x, array(out))
+        _normalise(floats[: batch * self.x.width].reshape(batch, -1), array(out))
         return out
 
 
@@ -323,7 +333,7 @@ def logits(x: Float[Tensor, "B K"], weight: Float[Tensor, "N K"], softcap: float
     floats = torch.empty(batch * (fan_in + fan_out))
     inputs, results = floats.split([batch * fan_in, batch * fan_out])
     inputs.view_as(x).copy_(x)
-    _run(_with_tickets(code, batch), floats.numpy(), batch, _like(weight.dtype), *_NOTHING)
+    _run(_with_tickets(code, batch), floats.numpy(), batch, array(weight), *_NOTHING)
     return results.view(batch, fan_out)
 
 
@@ -355,11 +365,6 @@ def _product(
     )
 
 
-def _like(dtype: torch.dtype) -> np.ndarray:
-    """No weights, to tell kernels their dtype."""
-    return array(torch.empty(0, dtype=dtype))
-
-
 def _instruction(**fields: float) -> np.ndarray:
     instruction = np.zeros(1, INSTRUCTION)
     for name, value in fields.items():
@@ -382,5 +387,10 @@ def _run(code: np.ndarray, floats: np.ndarray, batch: int, *inputs: np.ndarray) 
     together(lambda leads: _work(counts, code, floats.ctypes.data, batch, *inputs, leads))
 
 
-# Streams, origins and turns of a product alone.
-_NOTHING = np.zeros((0, 0, 3, 3, 1), np.int64), np.zeros((1, 0), np.int64), np.zeros((1, 2, 0), np.float32)
+# Ids, streams, origins and turns of a product alone.
+_NOTHING = (
+    np.zeros(0, np.int64),
+    np.zeros((0, 0, 3, 3, 1), np.int64),
+    np.zeros((1, 0), np.int64),
+    np.zeros((1, 2, 0), np.float32),
+)

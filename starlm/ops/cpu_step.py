@@ -1,6 +1,6 @@
-"""A Deformer layer between its projections, for one new token of each of many sequences: one call per layer.
+"""A Deformer layer between its projections, for new tokens of each of many sequences: two calls per layer.
 
-Decoding spends little arithmetic here, but composed it is some thirty small calls per layer and token. The
+Decoding spends little arithmetic here, but composed it is some thirty small calls per layer and sequence. The
 definition is that of `starlm.ops.mix`; the rows that are read stand in the buffers of the decode state.
 """
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from starlm.ops.cpu_base import array, pointer, spread, store, widen
+from starlm.ops.cpu_base import array, index, pointer, spread, store, widen
 from starlm.ops.cpu_math import ONE, ZERO, f32, jit, sigmoid
 from starlm.ops.cpu_mix import ANCHORED, BOX, BOX_SCALE, EPS, mean_of, place, reach
 
@@ -33,29 +33,43 @@ def _normalise(values, channels, row):
 
 
 @jit
-def _append_sums(row, buffer, past):
-    for c in range(row.size):
-        buffer[past, c] = buffer[past - 1, c] + widen(row[c])
+def append_row(values, spans, streams, b, t, channels, like, row):
+    """Token t of those that are new to sequence b, normalised, to its buffers; rows are as `like`.
 
-
-@jit
-def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gated, like, out):
-    """One sequence, all [D] but origin [A]; rows are as `like`, places as `_step` has them."""
-    width = values.size
-    row, rows = np.empty(width, like.dtype), np.empty((2, width), np.int32)
-    scratch = np.empty((3, width), np.float32)
-    shift, fraction, read = scratch[0], scratch[1], scratch[2]
+    `values` and `row` are [D], `spans` where the kinds' channels begin and end, and `streams` [3, 3, B] has
+    address, past and first of the kinds' buffers.
+    """
     _normalise(values, channels, row)
     for kind in range(3):
         left, right = spans[kind], spans[kind + 1]
         if left == right:
             continue
+        address, past = streams[kind, 0, b], streams[kind, 1, b] + t
+        if kind == BOX:
+            sums = carray(pointer(address), (past + 1, right - left), np.float64)
+            for c in range(right - left):
+                sums[past, c] = sums[past - 1, c] + widen(row[left + c])
+        else:
+            buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
+            for c in range(right - left):
+                buffer[past, c] = row[left + c]
+
+
+@jit
+def read_row(z, gate, origin, spans, streams, b, t, later, channels, furthest, gated, like, out):
+    """What that token reads, whose first row is `later` behind that of token 0; all [D] but origin [A]."""
+    width = z.size
+    rows, scratch = np.empty((2, width), np.int32), np.empty((3, width), np.float32)
+    shift, fraction, read = scratch[0], scratch[1], scratch[2]
+    for kind in range(3):
+        left, right = spans[kind], spans[kind + 1]
+        if left == right:
+            continue
         here, far = slice(left, right), rows[:, left:right]
-        address, past, first = streams[kind, 0, b], streams[kind, 1, b], streams[kind, 2, b]
+        address, past, first = streams[kind, 0, b], streams[kind, 1, b] + t, streams[kind, 2, b] + later
         reach(z[here], kind, furthest, shift[here])
         if kind == BOX:
             sums = carray(pointer(address), (past + 1, right - left), np.float64)
-            _append_sums(row[here], sums, past)
             start = max(min(first, past - 1), 0)
             place(shift[here], BOX, origin, start, past - 1, 0, channels, far, fraction[here])
             for c in range(right - left):
@@ -63,8 +77,6 @@ def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gat
                 read[left + c] = x * np.sqrt(min(shift[left + c], f32(BOX_SCALE)))
             continue
         buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
-        for c in range(right - left):
-            buffer[past, c] = row[left + c]
         start = max(min(first, past), 0)
         # Who has no anchor reads its own row, times 0.
         place(shift[here], kind, origin, start, past, past, channels, far, fraction[here])
@@ -83,45 +95,59 @@ def read_row(values, z, gate, origin, spans, streams, b, channels, furthest, gat
 
 
 @jit
-def _step(values, z, gate, origin, spans, streams, channels, furthest, gated, out, begin, end):
-    """Sequences begin .. end; `streams` [3, 3, B] has address, past and first of the kinds' buffers."""
+def _append(values, spans, streams, channels, begin, end):
+    """All tokens of sequences begin .. end."""
+    row = np.empty(values.shape[2], values.dtype)
     for b in range(begin, end):
-        row = values[b]
-        read_row(row, z[b], gate[b], origin[b], spans, streams, b, channels, furthest, gated, row, out[b])
+        for t in range(values.shape[1]):
+            append_row(values[b, t], spans, streams, b, t, channels, row, row)
+
+
+@jit
+def _read(z, gate, origin, later, spans, streams, channels, furthest, gated, out, begin, end):
+    """Tokens begin .. end of all sequences."""
+    for number in range(begin, end):
+        b, t = number // z.shape[1], number % z.shape[1]
+        settings = spans, streams, b, t, later[b, t], channels, furthest, gated
+        read_row(z[b, t], gate[b, t], origin[b, t], *settings, z[b, t], out[b, t])
 
 
 def step(
-    values: Float[Tensor, "B 1 D"],
-    shift: Float[Tensor, "B 1 D"],
-    gate: Float[Tensor, "B 1 D"] | None,
-    origins: Sequence[Int[Tensor, "B 1"]],
+    values: Float[Tensor, "B T D"],
+    shift: Float[Tensor, "B T D"],
+    gate: Float[Tensor, "B T D"] | None,
+    origins: Sequence[Int[Tensor, "B T"]],
     streams: Int[np.ndarray, "3 3 B"],
     *,
+    first: Int[Tensor, "B T"] | None = None,
     heads: int,
     near: int,
     boxes: int,
     max_shift: int | None,
-) -> Float[Tensor, "B 1 D"]:
-    """Append a row to the buffers of each sequence, and `starlm.ops.mix` at that row, heads side by side.
+) -> Float[Tensor, "B T D"]:
+    """Append rows to the buffers of each sequence, and `starlm.ops.mix` at those rows, heads side by side.
 
     Args:
-        values, shift, gate: of the new token, all of one of DTYPES.
-        origins: for each anchored head the row of its buffer, or -1.
+        values, shift, gate: of the new tokens, all of one of DTYPES.
+        origins: for each anchored head the rows of its buffer, or -1.
         streams: of `now`, anchored and box heads: for each sequence the address of its buffer [S, heads of
-            the kind, C], the rows that it has, with room for one more, and the first that may be read.
-            Buffers are in the dtype of `values`, those of box heads float64: prefix sums, at least one.
+            the kind, C], the rows that it has, with room for T more, and the first that the first of the new
+            tokens may read. Buffers are in the dtype of `values`, those of box heads float64: prefix sums,
+            at least one.
+        first: as that of the new tokens rises; None if it does not.
         near, boxes: `now` and box heads; anchored ones stand between them.
         max_shift: clips shifts of `now` heads and windows of box heads.
     """
-    batch, channels = len(values), values.shape[-1] // heads
-    out = torch.empty(values.shape, dtype=values.dtype)
-    floats = [array(x)[:, 0] for x in (values, shift, values if gate is None else gate)]
-    anchored = np.empty((batch, len(origins)), np.int64)
+    batch, length, width = values.shape
+    channels, out = width // heads, torch.empty(values.shape, dtype=values.dtype)
+    v, z, g = (array(x) for x in (values, shift, values if gate is None else gate))
+    anchored = np.empty((batch, length, len(origins)), np.int64)
     for head, rows in enumerate(origins):
-        anchored[:, head] = rows.numpy()[:, 0]
+        anchored[..., head] = rows.numpy()
+    later = np.zeros((batch, length), np.int64) if first is None else index(first - first[:, :1])
     spans = np.array([0, near, heads - boxes, heads]) * channels
     furthest = f32(np.inf if max_shift is None else max_shift)
-    settings = spans, streams, channels, furthest, gate is not None
-    target = array(out)[:, 0]
-    spread(lambda begin, end: _step(*floats, anchored, *settings, target, begin, end), batch, values.numel())
+    spread(lambda *some: _append(v, spans, streams, channels, *some), batch, values.numel())
+    settings = anchored, later, spans, streams, channels, furthest, gate is not None, array(out)
+    spread(lambda *some: _read(z, g, *settings, *some), batch * length, values.numel())
     return out

@@ -1,4 +1,4 @@
-"""RMSNorm and relu² in one pass over memory each way, for training.
+"""RMSNorm and relu² in one pass over memory each way, for training and decoding.
 
 PyTorch composes both of several passes, each of which writes a tensor that leaves the cache; on a GPU under
 autocast each product behind RMSNorm rounds its result anew. Under torch.compile the compositions are what
@@ -32,7 +32,7 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
     """`x` scaled to root mean square 1 over its last dimension, in its own dtype (arXiv 1910.07467).
 
     Args:
-        step: x are single tokens of a decode state, which no tracer follows: the kernel itself may be called.
+        step: x are tokens of a decode state, which no tracer follows: the kernel itself may be called.
         cast: only products read the result: on a GPU under autocast it comes in the dtype they take.
     """
     dtype = x.dtype
@@ -43,9 +43,7 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
             return _rms(x, dtype)
         if step and x.dtype == torch.float32 and x.device.type == "cpu" and not is_plain():
             # Behind large products, which empty the caches, PyTorch's several small calls take longer.
-            from starlm.ops import cpu_elementwise
-
-            return cpu_elementwise.rms(x, EPS)
+            return _kernels(x).rms(x, EPS)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS).to(dtype)
 
 

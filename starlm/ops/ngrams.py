@@ -6,12 +6,16 @@ Going back is the same walk in reverse: the bucket of t gets chain[t] again.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numba
 import numpy as np
 import torch
+from jaxtyping import Int
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from starlm.ops.cpu_base import jit, spread
+from starlm.ops.cpu_base import index, jit, pointer, spread
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _ONE, _HALF = np.uint64(1), np.uint64(32)
@@ -90,6 +94,40 @@ def _table_size(length: int) -> int:
     return 1 << max(2 * length - 1, 15).bit_length()
 
 
+# Without `nogil`: it takes microseconds, and a thread that lets others in may wait for longer than that.
+@numba.njit(cache=True, error_model="numpy")
+def _append_each(places, orders, lengths, tokens, first, origin):
+    for b in range(tokens.size):
+        place, t = places[b], lengths[b]
+        ids = carray(pointer(place[0]), (t + 1,), np.int32)
+        ids[t] = tokens[b]
+        for k in range(orders.size):
+            table = carray(pointer(place[2 + k]), (place[1],), np.int32)
+            chain = carray(pointer(place[2 + orders.size + k]), (t + 1,), np.int32)
+            _append(ids, orders[k], table, chain, t, t + 1, first[b : b + 1], origin[b, k : k + 1])
+
+
+def append_each(
+    indices: "Sequence[NgramIndex]", tokens: Int[Tensor, "B"], first: Int[np.ndarray, "B"]
+) -> Int[np.ndarray, "B N"]:
+    """One more token for each of several sequences: what `NgramIndex.append` says of it.
+
+    Args:
+        indices: of the same orders, each once.
+        tokens: on the host.
+        first: the first row that it may read, int64.
+    """
+    for one in indices:
+        one.reserve(one.length + 1)
+    places = np.array([one.places for one in indices])
+    lengths = np.array([one.length for one in indices])
+    origin = np.empty((len(indices), len(indices[0].orders)), np.int64)
+    _append_each(places, np.array(indices[0].orders), lengths, index(tokens), first, origin)
+    for one in indices:
+        one.length += 1
+    return origin
+
+
 class NgramIndex:
     """The n-grams of one sequence that grows at its end, for several n at once.
 
@@ -103,7 +141,9 @@ class NgramIndex:
         self._tokens = np.empty(0, np.int32)
         self._tables: list[np.ndarray] = []
         self._chains: list[np.ndarray] = []
-        self._reserve(1)
+        # Addresses of the tokens, and, behind the size of a table, of tables and chains.
+        self.places = np.empty(0, np.int64)
+        self.reserve(1)
 
     def append(self, tokens: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
         """Index more tokens.
@@ -116,7 +156,7 @@ class NgramIndex:
             Origins as `starlm.ops.anchors` gives them, int64 [T, N].
         """
         begin, end = self.length, self.length + len(tokens)
-        self._reserve(end)
+        self.reserve(end)
         self._tokens[begin:end] = tokens
         origin = np.empty((len(self.orders), len(tokens)), np.int64)
         for n, table, chain, found in zip(self.orders, self._tables, self._chains, origin, strict=True):
@@ -138,6 +178,7 @@ class NgramIndex:
         other.length, other._tokens = self.length, self._tokens.copy()
         other._tables = [table.copy() for table in self._tables]
         other._chains = [chain.copy() for chain in self._chains]
+        other._place()
         return other
 
     @property
@@ -145,7 +186,8 @@ class NgramIndex:
         """Bytes of memory held."""
         return sum(array.nbytes for array in (self._tokens, *self._tables, *self._chains))
 
-    def _reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Make room for so many tokens."""
         if length <= len(self._tokens):
             return
         capacity = max(2 * len(self._tokens), length, 64)
@@ -157,3 +199,14 @@ class NgramIndex:
         unused = np.empty(self.length, np.int64)
         for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
             _append(self._tokens, n, table, chain, 0, self.length, None, unused)
+        self._place()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy by `copy.deepcopy` or pickle has arrays elsewhere.
+        self.__dict__.update(state)
+        self._place()
+
+    def _place(self) -> None:
+        arrays = [self._tokens, *self._tables, *self._chains]
+        tokens, *others = (array.ctypes.data for array in arrays)
+        self.places = np.array([tokens, self._tables[0].size, *others])

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from starlm.errors import InputError, StarLMError
 from starlm.generate import sampling as module
 from starlm.generate.sampling import Sampler, Sampling
+from starlm.ops import cpu_choose
+from starlm.ops.plain import plain
 
 # Chances 0.5, 0.25, 0.125, 0.125 in another order.
 LOGITS = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64).log() + 3
@@ -168,6 +170,17 @@ def test_kernel_chooses_as_defined(vocab, dtype):
             for made in ours[0], defined[0]:
                 made.allowed = torch.arange(vocab) % 2 == 0
         assert module.choose(logits, ours) == module.choose(logits.double(), defined)
+
+
+def test_plain_is_without_the_kernel(monkeypatch):
+    logits, calls = torch.randn(2, 30), []
+    kernel = cpu_choose.choose
+    monkeypatch.setattr(cpu_choose, "choose", lambda *args: calls.append(1) or kernel(*args))
+    ours, plainly = ([sampler(Sampling(seed=i)) for i in range(2)] for _ in range(2))
+    chosen = module.choose(logits, ours)
+    with plain():
+        assert module.choose(logits, plainly) == chosen
+    assert len(calls) == 1
 
 
 def test_every_place_of_the_distribution():

@@ -8,6 +8,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from models import BOUNDED, KINDS, make_model, make_tokens
@@ -372,7 +373,9 @@ def test_a_state_of_another_model_is_refused(device):
     for model, fits in ((one, True), (wider, False)):
         mixers, weight = [block.mixer for block in model.blocks], model.embedding.weight
         assert len(mixers) == len(one.blocks)
-        assert (state.reserve(mixers, weight, row_layout(mixers, weight), [0]) is not None) == fits
+        assert (
+            state.reserve(mixers, weight, row_layout(mixers, weight), np.zeros(1, np.int64)) is not None
+        ) == fits
 
 
 def test_a_head_of_another_make_is_called():

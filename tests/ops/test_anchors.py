@@ -1,5 +1,8 @@
 """Anchors against a search by hand: both forms, the growing index, documents, padding, collisions."""
 
+import copy
+import pickle
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from starlm.errors import InputError
 from starlm.ops import anchors, longest, ngrams
 from starlm.ops.anchors import anchors_reference
-from starlm.ops.ngrams import NgramIndex
+from starlm.ops.ngrams import NgramIndex, append_each
 
 FORMS = {"cpu": anchors, "sort": lambda x, orders, first=None: anchors_reference(x, orders, first)}
 
@@ -122,11 +125,34 @@ def test_the_index_grows_and_keeps_what_it_knew():
     assert torch.equal(torch.from_numpy(np.concatenate(found)), anchors(tokens, [2])[0])
 
 
-def test_a_copy_is_independent():
+def test_one_token_of_each_of_several_sequences():
+    """As if each were appended alone, however long they are, through growth and crops."""
+    rng = np.random.default_rng(0)
+    alone, together = ([NgramIndex((1, 2, 5)) for _ in range(3)] for _ in range(2))
+    for turn in range(400):
+        if turn % 50 == 20:
+            for one, other in zip(alone, together, strict=True):
+                keep = int(rng.integers(one.length))
+                one.crop(keep)
+                other.crop(keep)
+        chosen = np.flatnonzero(rng.integers(0, 2, 3))
+        if len(chosen):
+            tokens, first = rng.integers(0, 4, len(chosen)), rng.integers(-1, 200, len(chosen))
+            got = append_each([together[i] for i in chosen], torch.from_numpy(tokens), first)
+            for row, i in enumerate(chosen):
+                wanted = alone[i].append(tokens[row : row + 1], first[row : row + 1])
+                assert got[row].tolist() == wanted[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "copied", [NgramIndex.copy, copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))]
+)
+def test_a_copy_is_independent(copied):
     index = NgramIndex((1,))
     index.append(np.array([1, 2, 3]))
-    other = index.copy()
-    other.append(np.array([4, 4, 4]))
+    other = copied(index)
+    for _ in range(3):
+        append_each([other], torch.tensor([4]), np.zeros(1, np.int64))
     assert index.append(np.array([1]))[0, 0] == 1
     assert other.append(np.array([3]))[0, 0] == 3
     other.crop(0)

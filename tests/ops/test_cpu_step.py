@@ -1,4 +1,4 @@
-"""One new row of each of many sequences against `mix` of all their rows, and box sums kept in buffers."""
+"""New rows of each of many sequences against `mix` of all their rows, and box sums kept in buffers."""
 
 import numpy as np
 import torch
@@ -21,23 +21,24 @@ def sequence(length, heads, channels, random):
     return [torch.randn(1, length, heads, channels, generator=random) * scale for scale in (1, 3, 1)]
 
 
-def buffers(values, kinds, dtype):
-    """What `now`, anchored and box heads keep of all but the last row, and room for that one."""
+def buffers(values, kinds, dtype, new=1):
+    """What `now`, anchored and box heads keep of all but the last `new` rows, and room for these."""
     near, anchored, boxes = kinds
     rows = torch.nn.functional.rms_norm(values, values.shape[-1:], eps=1e-6).to(dtype)
-    rows[:, -1] = torch.nan
+    rows[:, -new:] = torch.nan
     now, middle, box = rows.split([near, anchored, boxes], dim=2)
-    sums = prefix_sums(box[:, :-1])
-    return [now.clone(), middle.clone(), torch.cat([sums, torch.full_like(sums[:, :1], torch.nan)], dim=1)]
+    sums = prefix_sums(box[:, :-new])
+    room = sums.new_full((1, new, *sums.shape[2:]), torch.nan)
+    return [now.clone(), middle.clone(), torch.cat([sums, room], dim=1)]
 
 
-def table(kept, starts):
+def table(kept, starts, new=1):
     """[3, 3, B]: address, rows and first of each kind's buffers of each sequence."""
     return np.array(
         [
             [
                 [one[kind].data_ptr() for one in kept],
-                [one[kind].shape[1] - 1 for one in kept],
+                [one[kind].shape[1] - new for one in kept],
                 starts,
             ]
             for kind in range(3)
@@ -46,7 +47,8 @@ def table(kept, starts):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(5, 40), min_size=1, max_size=4),
+    new=st.integers(1, 5),
     kinds=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)).filter(any),
     channels=st.integers(1, 9),
     gated=st.booleans(),
@@ -55,7 +57,7 @@ def table(kept, starts):
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=150)
-def test_a_step_is_the_last_row_of_mix(lengths, kinds, channels, gated, max_shift, dtype, seed):
+def test_a_step_is_the_last_rows_of_mix(lengths, new, kinds, channels, gated, max_shift, dtype, seed):
     random = torch.Generator().manual_seed(seed)
     near, anchored, boxes = kinds
     layout = {"near": near, "boxes": boxes, "max_shift": max_shift}
@@ -66,15 +68,16 @@ def test_a_step_is_the_last_row_of_mix(lengths, kinds, channels, gated, max_shif
         first = torch.randint(-2, length + 2, (1, length), generator=random)
         values, shift, gate = text
         full = mix(values, shift, gate if gated else None, origin, first=first, **layout)
-        wanted.append(full[:, -1:])
-        kept.append(buffers(values, kinds, dtype))
+        wanted.append(full[:, -new:])
+        kept.append(buffers(values, kinds, dtype, new))
         texts.append(text)
-        last.append([x[:, -1:] for x in text])
-        origins.append(origin[:, -1:])
-        starts.append(int(first[0, -1]))
+        last.append([x[:, -new:] for x in text])
+        origins.append(origin[:, -new:])
+        starts.append(first[:, -new:])
     values, shift, gate = (torch.cat(parts) for parts in zip(*last, strict=True))
-    streams, origin = table(kept, starts), torch.cat(origins)
-    got = step(values, shift, gate if gated else None, origin, streams, **layout)
+    first, origin = torch.cat(starts), torch.cat(origins)
+    streams = table(kept, first[:, 0].tolist(), new)
+    got = step(values, shift, gate if gated else None, origin, streams, first=first, **layout)
     assert got.dtype == dtype
     # In bfloat16 the buffers hold rounded rows, those of mix are exact.
     tolerance = 2e-5 if dtype == torch.float32 else 6e-2
