@@ -7,6 +7,9 @@ from torch import Tensor
 from starlm.ops.cpu_base import array, spread, store, widen
 from starlm.ops.cpu_math import ONE, TWO, ZERO, f32, jit
 
+# Of these that count as one where it is decided whether a second thread pays.
+LIGHT = 8
+
 
 @jit
 def _rms(x, eps, out, row0, row1):
@@ -77,12 +80,14 @@ def _rows(kernel, *inputs: Tensor, eps: float) -> Tensor:
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
     width = max(out.shape[-1], 1)
     arrays = [array(x).reshape(-1, width) for x in (*inputs, out)]
-    spread(lambda *ends: kernel(*arrays[:-1], f32(eps), arrays[-1], *ends), len(arrays[0]), out.numel())
+    spread(
+        lambda *ends: kernel(*arrays[:-1], f32(eps), arrays[-1], *ends), len(arrays[0]), out.numel() // LIGHT
+    )
     return out
 
 
 def _flat(kernel, *inputs: Tensor) -> Tensor:
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
     arrays = [array(x).reshape(-1) for x in (*inputs, out)]
-    spread(lambda *ends: kernel(*arrays, *ends), out.numel(), out.numel())
+    spread(lambda *ends: kernel(*arrays, *ends), out.numel(), out.numel() // LIGHT)
     return out
