@@ -303,7 +303,7 @@ class Deformer(nn.Module):
             place = state.streams[self.streams.index(stream)]
             return triton_step.step(values, shift, gate, state.origin, place, **self._step_layout)
         on_cpu = values.device.type == "cpu"
-        fits = values.shape[1] == 1 or (on_cpu and values.shape[1] > 1)
+        fits = values.shape[1] >= 1 if on_cpu else values.shape[1] == 1
         if not fits or len(values) != len(state.slots) or state.rows_device not in (None, values.device):
             return None
         if is_plain() or torch.compiler.is_compiling() or (kernel := step_kernel(values.device)) is None:

@@ -132,6 +132,12 @@ def _cut(weights, limit, by_number, scratch):
     bits = _sharpen(scratch, size, limit, by_number, bits, _POWER - 1, _LOWEST_BIT)
     least = i32(bits).view(np.float32)
     before = _amount(scratch, size, i32(bits + i32(1)).view(np.float32), by_number)
+    return _keep(weights, least, before, limit, by_number)
+
+
+@jit
+def _keep(weights, least, before, limit, by_number):
+    """What is likelier than `least`, and as long as `before` is below the limit what is equal; the sum."""
     kept = 0.0
     for i in range(weights.size):
         w = weights[i]
@@ -143,18 +149,6 @@ def _cut(weights, limit, by_number, scratch):
         weights[i] = w
         kept += np.float64(w)
     return kept
-
-
-@jit
-def _keep(weights, least):
-    """Only what is as likely as `least`, others 0; the sum of that."""
-    total = 0.0
-    for i in range(weights.size):
-        w = weights[i]
-        w = w if w >= least else ZERO
-        weights[i] = w
-        total += np.float64(w)
-    return total
 
 
 @jit
@@ -211,7 +205,7 @@ def _choose(logits, options, tokens):
         if by_share:
             total = _cut(weights, it.top_p * total, not by_share, adjusted)
         if it.min_p > 0:
-            total = _keep(weights, f32(it.min_p))
+            total = _keep(weights, f32(it.min_p), 0.0, np.inf, by_number)
         tokens[b] = _at(weights, it.point * total)
 
 

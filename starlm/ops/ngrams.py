@@ -191,18 +191,19 @@ class NgramIndex:
         if length <= len(self._tokens):
             return
         capacity = max(2 * len(self._tokens), length, 64)
-        self._tokens = np.resize(self._tokens, capacity)
         # A larger table has other buckets, so the chains are laid anew: each token moves a bounded number of
-        # times, since the capacity doubles.
-        self._tables = [np.full(_table_size(capacity), -1, np.int32) for _ in self.orders]
-        self._chains = [np.empty(capacity, np.int32) for _ in self.orders]
+        # times, since the capacity doubles. All that may run out of memory comes first.
+        tokens = np.resize(self._tokens, capacity)
+        tables = [np.full(_table_size(capacity), -1, np.int32) for _ in self.orders]
+        chains = [np.empty(capacity, np.int32) for _ in self.orders]
         unused = np.empty(self.length, np.int64)
-        for n, table, chain in zip(self.orders, self._tables, self._chains, strict=True):
-            _append(self._tokens, n, table, chain, 0, self.length, None, unused)
+        for n, table, chain in zip(self.orders, tables, chains, strict=True):
+            _append(tokens, n, table, chain, 0, self.length, None, unused)
+        self._tokens, self._tables, self._chains = tokens, tables, chains
         self._place()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy by `copy.deepcopy` or pickle has arrays elsewhere.
+        # A deep copy has arrays elsewhere.
         self.__dict__.update(state)
         self._place()
 

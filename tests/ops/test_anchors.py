@@ -1,7 +1,6 @@
 """Anchors against a search by hand: both forms, the growing index, documents, padding, collisions."""
 
 import copy
-import pickle
 
 import hypothesis.strategies as st
 import numpy as np
@@ -144,9 +143,23 @@ def test_one_token_of_each_of_several_sequences():
                 assert got[row].tolist() == wanted[0].tolist()
 
 
-@pytest.mark.parametrize(
-    "copied", [NgramIndex.copy, copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))]
-)
+def test_without_memory_to_grow_it_stays_as_it_was(monkeypatch):
+    index, tokens = NgramIndex((1, 2)), np.arange(64) % 7
+    index.append(tokens[:60])
+
+    def full(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ngrams.np, "full", full)
+        with pytest.raises(MemoryError):
+            index.append(np.arange(100))
+    for token in [*tokens[60:], 1, 2, 3]:
+        found = append_each([index], torch.tensor([token]), np.zeros(1, np.int64))
+    assert found.tolist() == [[60, 60]]
+
+
+@pytest.mark.parametrize("copied", [NgramIndex.copy, copy.deepcopy])
 def test_a_copy_is_independent(copied):
     index = NgramIndex((1,))
     index.append(np.array([1, 2, 3]))
