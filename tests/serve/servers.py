@@ -116,7 +116,7 @@ def wait_for(what, seconds=20.0):
 def make_run(folder: Path, kind: str = "star", **files: str) -> Path:
     """A run with a small random model; `files` are added to its checkpoint."""
     model = make_model(kind, vocab_size=TOKENIZER.vocab_size)
-    # It does not end an answer of its own accord, or an answer that is to be stopped might be over before.
+    # It seldom ends an answer of its own accord: once in some thousand tokens.
     with torch.no_grad():
         model.head.weight.mul_(3)[list(TOKENIZER.names)] = 0
     with whole_folder(folder / "checkpoints/step-000001") as checkpoint:
