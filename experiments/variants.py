@@ -46,17 +46,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "star-A1": {"preset": "star", "layers": "DDDADD"},
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
 }
-# Variants whose layers of one letter are others than the product has: the settings, the letter, the layer.
-CANDIDATES: dict[str, tuple[str, str, Callable[[StarLMConfig], nn.Module]]] = {
-    "star-keys": ("star", "D", partial(_star, keys="head")),
-    "star-channel-keys": ("star", "D", partial(_star, keys="channel")),
-    "star-fit": ("star", "D", partial(_star, fit=True)),
-    "star-back": ("star", "D", partial(_star, back="now")),
-    "star-chain": ("star", "D", partial(_star, back="chain")),
-    "star-taps": ("star-W", "W", partial(_taps, near=16, reach=64)),
-    "star-taps-anchors": ("star-W", "W", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
-    "star-taps-2": ("star-DW", "W", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
-    "taps": ("star", "D", partial(_taps, near=16, reach=64, orders=(1, 2, 3))),
+_TAPS = partial(_taps, near=16, reach=64, orders=(1, 2, 3))
+# Variants with layers that the product does not have: the settings, and what makes layers of a letter.
+CANDIDATES: dict[str, tuple[str, dict[str, Callable[[StarLMConfig], nn.Module]]]] = {
+    "star-keys": ("star", {"D": partial(_star, keys="head")}),
+    "star-channel-keys": ("star", {"D": partial(_star, keys="channel")}),
+    "star-fit": ("star", {"D": partial(_star, fit=True)}),
+    "star-back": ("star", {"D": partial(_star, back="now")}),
+    "star-chain": ("star", {"D": partial(_star, back="chain")}),
+    "star-taps": ("star-W", {"W": partial(_taps, near=16, reach=64)}),
+    "star-taps-anchors": ("star-W", {"W": _TAPS}),
+    "star-taps-2": ("star-DW", {"W": _TAPS}),
+    "star-channel-keys-taps-2": ("star-DW", {"W": _TAPS, "D": partial(_star, keys="channel")}),
+    "taps": ("star", {"D": _TAPS}),
 }
 # A variant and one of these, as in gated+static: what becomes of its predicted shifts.
 SHIFTS = ("random", "frozen", "static")
@@ -103,10 +105,10 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
     def build(config: StarLMConfig) -> StarLM:
         model = StarLM(config)
         if name in CANDIDATES:
-            _, letter, make = CANDIDATES[name]
+            makes = CANDIDATES[name][1]
             for block, kind in zip(model.blocks, config.layer_kinds, strict=True):
-                if kind == letter:
-                    block.mixer = make(config)
+                if kind in makes:
+                    block.mixer = makes[kind](config)
             return model
         for block in model.blocks:
             layer = block.mixer

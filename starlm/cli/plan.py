@@ -16,6 +16,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
     return {
         "steps": config.num_steps,
         "tokens": tokens,
+        "matrix_lr": config.optim.matrix_rate(config.num_steps),
         "parameters": config.model.num_parameters,
         "flops_per_token": flops,
         "flops_in_total": float(flops * tokens),

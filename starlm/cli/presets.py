@@ -14,10 +14,9 @@ DEMO: dict[str, Any] = {
 TRAIN: dict[str, dict[str, Any]] = {
     "demo": DEMO,
     # A laptop in hours: 12 M weights besides the embedding, 20 M tokens. For so many, attention over a window
-    # in every third layer and half the rate are better: docs/evidence.md.
+    # in every third layer is better: docs/evidence.md.
     "small": {
         "model": {"depth": 6, "context": 512, "layers": "DDW"},
-        "optim": {"matrix_lr": 0.01},
         "batch_tokens": 8192,
         "tokens": 20_000_000,
         "eval_every": 250,

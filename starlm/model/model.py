@@ -103,7 +103,11 @@ class StarLM(nn.Module):
         """What anchored heads measure from, once for all layers: for each n, `anchors` of the tokens."""
         if not self.orders:
             return {}
-        found = anchors(tokens, self.orders, first=first) if state is None else state.anchors(tokens, first)
+        if state is None:
+            found = anchors(tokens, self.orders, first=first)
+        else:
+            starts = None if first is None else first.long().cpu().numpy()
+            found = torch.from_numpy(state.anchors(tokens, starts)).to(tokens.device)
         origins = dict(zip(self.orders, found.unbind(-1), strict=True))
         if MATCH in self.orders:
             origins[LONGEST] = longest(origins)

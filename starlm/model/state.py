@@ -16,7 +16,7 @@ from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
 
 if TYPE_CHECKING:
-    from starlm.ops.ngrams import NgramIndex
+    pass
 
 # Of layers whose rows a step can write by itself.
 Mixer = Deformer | Attention
@@ -230,32 +230,24 @@ class DecodeState:
         table[..., 2, :] += starts
         return table
 
-    def anchors_of_each(
-        self, tokens: Int[Tensor, "B"], starts: Int[np.ndarray, "B"]
-    ) -> Int[np.ndarray, "B N"]:
-        """`anchors` of one token of each slot; `starts`: the first row that it may read, int64."""
-        from starlm.ops.ngrams import append_each  # numba takes half a second to import
+    def anchors(
+        self, tokens: Int[Tensor, "B T"], first: Int[np.ndarray, "B T"] | None
+    ) -> Int[np.ndarray, "B T N"]:
+        """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens.
 
-        return append_each(self._indices(), tokens, starts)
+        Args:
+            tokens: on any device; the host waits for them.
+            first: the first row that each may read, int64; None for row 0.
+        """
+        from starlm.ops.ngrams import append  # numba takes half a second to import
 
-    def anchors(self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T N"]:
-        """Index the next tokens; `starlm.ops.anchors` of the whole sequence, at these tokens."""
-        ids = tokens.cpu().numpy()
-        starts = [None] * self.batch if first is None else list(first.long().cpu().numpy())
-        found = []
-        for number, (index, start) in enumerate(zip(self._indices(), starts, strict=True)):
-            found.append(index.append(ids[number], start))
-        return torch.from_numpy(np.stack(found)).to(tokens.device)
-
-    def _indices(self) -> "list[NgramIndex]":
-        """Those of the slots, of their tokens."""
         indices = []
         for slot in self.slots:
             assert slot.index is not None
             # After a call that failed halfway it may be ahead.
             slot.index.crop(slot.length)
             indices.append(slot.index)
-        return indices
+        return append(indices, tokens.cpu(), first)
 
     def first(self, length: int, device: torch.device) -> Int[Tensor, "B T"] | None:
         """The first row that the next `length` tokens may read: that of the last token; None for row 0."""

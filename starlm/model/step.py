@@ -64,8 +64,7 @@ def step(
         return None
     origin = np.empty((len(tokens), 0), np.int64)
     if parts.orders:
-        # Here the host waits for the token.
-        origin = parts.of_heads(state.anchors_of_each(tokens[:, 0].cpu(), starts))
+        origin = parts.of_heads(state.anchors(tokens, starts[:, None])[:, 0])
     run = parts.stepper.logits if logits else parts.stepper.hidden
     result = run(model, StepInputs(tokens, table, origin))
     state.advance(1, first)

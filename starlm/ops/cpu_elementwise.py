@@ -56,14 +56,14 @@ def _relu2_backward(grad, x, out, begin, end):
         store(out, i, TWO * v * f32(widen(grad[i])))
 
 
-def rms(x: Tensor, eps: float) -> Tensor:
-    """`starlm.ops.elementwise.rms` for CPU tensors in fp32 or bfloat16."""
-    return _rows(_rms, x, eps=eps)
+def rms(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`starlm.ops.elementwise.rms` for CPU tensors in fp32 or bfloat16, in another of them or the same."""
+    return _rows(_rms, x, eps=eps, dtype=dtype)
 
 
 def rms_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Its gradient."""
-    return _rows(_rms_backward, grad.to(x.dtype), x, eps=eps)
+    """Its gradient, in the dtype of x."""
+    return _rows(_rms_backward, grad, x, eps=eps, dtype=x.dtype)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _flat(_relu2_backward, grad.to(x.dtype), x)
 
 
-def _rows(kernel, *inputs: Tensor, eps: float) -> Tensor:
-    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+def _rows(kernel, *inputs: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(inputs[0].shape, dtype=dtype)
     width = max(out.shape[-1], 1)
     arrays = [array(x).reshape(-1, width) for x in (*inputs, out)]
     spread(

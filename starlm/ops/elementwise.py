@@ -33,17 +33,17 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
 
     Args:
         step: x are tokens of a decode state, which no tracer follows: the kernel itself may be called.
-        cast: only products read the result: on a GPU under autocast it comes in the dtype they take.
+        cast: only products read the result: under autocast it comes in the dtype they take.
     """
-    dtype = x.dtype
-    if cast and x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cuda")
+    dtype, device = x.dtype, x.device.type
+    if cast and device in KERNELS and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     if not torch.compiler.is_compiling():
-        if fuses(x):
+        if fuses(x) and dtype in KERNELS[device]:
             return _rms(x, dtype)
-        if step and x.dtype == torch.float32 and x.device.type == "cpu" and not is_plain():
+        if step and x.dtype == torch.float32 and device == "cpu" and not is_plain():
             # Behind large products, which empty the caches, PyTorch's several small calls take longer.
-            return _kernels(x).rms(x, EPS)
+            return _kernels(x).rms(x, EPS, x.dtype)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS).to(dtype)
 
 
@@ -56,8 +56,6 @@ def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 @torch.library.custom_op("starlm::rms", mutates_args=())
 def _rms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.device.type == "cpu":
-        return _kernels(x).rms(x, EPS)
     return _kernels(x).rms(x, EPS, dtype)
 
 

@@ -6,6 +6,7 @@ Going back is the same walk in reverse: the bucket of t gets chain[t] again.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numba
@@ -94,75 +95,62 @@ def _table_size(length: int) -> int:
     return 1 << max(2 * length - 1, 15).bit_length()
 
 
-# Without `nogil`: it takes microseconds, and a thread that lets others in may wait for longer than that.
+# Without `nogil`: a token takes microseconds, and a thread that lets others in may wait for longer than that.
 @numba.njit(cache=True, error_model="numpy")
 def _append_each(places, orders, lengths, tokens, first, origin):
-    for b in range(tokens.size):
-        place, t = places[b], lengths[b]
-        ids = carray(pointer(place[0]), (t + 1,), np.int32)
-        ids[t] = tokens[b]
+    for b in range(tokens.shape[0]):
+        place, begin = places[b], lengths[b]
+        end = begin + tokens.shape[1]
+        ids = carray(pointer(place[0]), (end,), np.int32)
+        for t in range(begin, end):
+            ids[t] = tokens[b, t - begin]
         for k in range(orders.size):
             table = carray(pointer(place[2 + k]), (place[1],), np.int32)
-            chain = carray(pointer(place[2 + orders.size + k]), (t + 1,), np.int32)
-            _append(ids, orders[k], table, chain, t, t + 1, first[b : b + 1], origin[b, k : k + 1])
+            chain = carray(pointer(place[2 + orders.size + k]), (end,), np.int32)
+            _append(ids, orders[k], table, chain, begin, end, first[b], origin[b, k])
 
 
-def append_each(
-    indices: "Sequence[NgramIndex]", tokens: Int[Tensor, "B"], first: Int[np.ndarray, "B"]
-) -> Int[np.ndarray, "B N"]:
-    """One more token for each of several sequences: what `NgramIndex.append` says of it.
+def append(
+    indices: "Sequence[NgramIndex]", tokens: Int[Tensor, "B T"], first: Int[np.ndarray, "B T"] | None = None
+) -> Int[np.ndarray, "B T N"]:
+    """Index more tokens of each of several sequences.
 
     Args:
         indices: of the same orders, each once.
         tokens: on the host.
-        first: the first row that it may read, int64.
+        first: first row that each of them may read, int64; default 0.
+
+    Returns:
+        Origins as `starlm.ops.anchors` gives them for the whole sequences, at these tokens.
     """
+    batch, count = tokens.shape
     for one in indices:
-        one.reserve(one.length + 1)
+        one.reserve(one.length + count)
     places = np.array([one.places for one in indices])
     lengths = np.array([one.length for one in indices])
-    origin = np.empty((len(indices), len(indices[0].orders)), np.int64)
-    _append_each(places, np.array(indices[0].orders), lengths, index(tokens), first, origin)
+    starts = np.zeros((batch, count), np.int64) if first is None else np.ascontiguousarray(first)
+    orders = np.array(indices[0].orders)
+    origin = np.empty((batch, len(orders), count), np.int64)
+    _append_each(places, orders, lengths, index(tokens), starts, origin)
     for one in indices:
-        one.length += 1
-    return origin
+        one.length += count
+    return origin.transpose(0, 2, 1)
 
 
 class NgramIndex:
-    """The n-grams of one sequence that grows at its end, for several n at once.
+    """The n-grams of one sequence that grows at its end, for several n at once: by `append`.
 
     Appending costs one look-up per token and n; cropping one step per token and n given back; a copy is a
     copy of 4 arrays. About 12 bytes per token and n.
     """
 
-    def __init__(self, orders: Sequence[int]) -> None:
-        """Args: orders: the values of n."""
+    def __init__(self, orders: Sequence[int], capacity: int = 64) -> None:
+        """Args: orders: the values of n. capacity: tokens that there is room for before it grows."""
         self.orders, self.length = tuple(orders), 0
-        self._tokens = np.empty(0, np.int32)
-        self._tables: list[np.ndarray] = []
-        self._chains: list[np.ndarray] = []
-        # Addresses of the tokens, and, behind the size of a table, of tables and chains.
-        self.places = np.empty(0, np.int64)
-        self.reserve(1)
-
-    def append(self, tokens: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
-        """Index more tokens.
-
-        Args:
-            tokens: integers [T].
-            first: first row that each of them may read, int64 [T]; default 0.
-
-        Returns:
-            Origins as `starlm.ops.anchors` gives them, int64 [T, N].
-        """
-        begin, end = self.length, self.length + len(tokens)
-        self.reserve(end)
-        self._tokens[begin:end] = tokens
-        origin = np.empty((len(self.orders), len(tokens)), np.int64)
-        for n, table, chain, found in zip(self.orders, self._tables, self._chains, origin, strict=True):
-            _append(self._tokens, n, table, chain, begin, end, first, found)
-        self.length = end
-        return origin.T
+        self._tokens = np.empty(capacity, np.int32)
+        self._tables = [np.full(_table_size(capacity), -1, np.int32) for _ in self.orders]
+        self._chains = [np.empty(capacity, np.int32) for _ in self.orders]
+        self._place()
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -174,12 +162,7 @@ class NgramIndex:
 
     def copy(self) -> "NgramIndex":
         """An independent index of the same tokens."""
-        other = NgramIndex(self.orders)
-        other.length, other._tokens = self.length, self._tokens.copy()
-        other._tables = [table.copy() for table in self._tables]
-        other._chains = [chain.copy() for chain in self._chains]
-        other._place()
-        return other
+        return deepcopy(self)
 
     @property
     def num_bytes(self) -> int:
@@ -190,17 +173,11 @@ class NgramIndex:
         """Make room for so many tokens."""
         if length <= len(self._tokens):
             return
-        capacity = max(2 * len(self._tokens), length, 64)
         # A larger table has other buckets, so the chains are laid anew: each token moves a bounded number of
         # times, since the capacity doubles. All that may run out of memory comes first.
-        tokens = np.resize(self._tokens, capacity)
-        tables = [np.full(_table_size(capacity), -1, np.int32) for _ in self.orders]
-        chains = [np.empty(capacity, np.int32) for _ in self.orders]
-        unused = np.empty(self.length, np.int64)
-        for n, table, chain in zip(self.orders, tables, chains, strict=True):
-            _append(tokens, n, table, chain, 0, self.length, None, unused)
-        self._tokens, self._tables, self._chains = tokens, tables, chains
-        self._place()
+        larger = NgramIndex(self.orders, max(2 * len(self._tokens), length))
+        append([larger], torch.from_numpy(self._tokens[None, : self.length]))
+        self.__dict__.update(vars(larger))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A deep copy has arrays elsewhere.
@@ -208,6 +185,7 @@ class NgramIndex:
         self._place()
 
     def _place(self) -> None:
+        """Note the addresses of the tokens, and, behind the size of a table, of tables and chains."""
         arrays = [self._tokens, *self._tables, *self._chains]
         tokens, *others = (array.ctypes.data for array in arrays)
         self.places = np.array([tokens, self._tables[0].size, *others])

@@ -8,19 +8,22 @@ from typing import Literal
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 
+# The best rate of the matrices in runs of up to so many steps, and how it falls beyond: docs/evidence.md.
+_SHORT_LR, _SHORT_STEPS, _POWER = 0.02, 300, 0.32
 
-def _is_size(x: float) -> bool:
-    return 0 <= x < math.inf
+
+def _is_size(x: float | None) -> bool:
+    return x is None or 0 <= x < math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Learning rates and schedule: Muon for matrices, AdamW for embedding, head and shifts' biases."""
 
-    matrix_lr: float = 0.02
-    """Muon's rate for the matrices."""
+    matrix_lr: float | None = None
+    """Muon's rate for the matrices; if left out, 0.02 for up to 300 steps, less for more: 0.01 for 2,600."""
     shift_lr: float = 0.1
-    """The shift projections' rate, as a factor of matrix_lr."""
+    """The shift projections' rate, as a factor of the matrices'."""
     embedding_lr: float = 0.2
     """AdamW's rate for the embedding at width 768; scaled by (D / 768)^-0.5."""
     head_lr: float = 0.004
@@ -55,6 +58,16 @@ class OptimConfig:
             for name in names:
                 if not ok(getattr(self, name)):
                     raise InputError(f"optim.{name} must be {rule}; got {getattr(self, name)!r}.")
+
+    def matrix_rate(self, num_steps: int) -> float:
+        """Muon's rate for the matrices in a run of `num_steps`.
+
+        A longer run wants a lower rate. The power is that of Bjorck et al. (arXiv 2409.19913) for AdamW,
+        which agrees with the best of the rates that docs/evidence.md compares at 300, 1500 and 6000 steps.
+        """
+        if self.matrix_lr is not None:
+            return self.matrix_lr
+        return _SHORT_LR * min(1.0, (_SHORT_STEPS / num_steps) ** _POWER)
 
 
 @dataclass(frozen=True, kw_only=True)

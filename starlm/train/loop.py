@@ -207,6 +207,7 @@ class _Session:
             "plan",
             steps=self.config.num_steps,
             start_step=self.start,
+            matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
             parameters=self.config.model.num_parameters,
             flops_per_token=self.config.model.flops_per_token(),
             device=str(self.device),

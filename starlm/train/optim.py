@@ -49,9 +49,11 @@ class Optimizers:
             {"params": groups["head"], "lr": config.head_lr * scale},
             {"params": groups["biases"], "lr": config.head_lr * scale},
         ]
+        # What their rate is depends on the horizon; until `schedule` is told it is that of a short run.
+        short = config.matrix_rate(1)
         muon = [
-            {"params": groups["matrices"], "lr": config.matrix_lr},
-            {"params": groups["shifts"], "lr": config.matrix_lr * config.shift_lr},
+            {"params": groups["matrices"], "lr": short, "factor": 1.0},
+            {"params": groups["shifts"], "lr": short * config.shift_lr, "factor": config.shift_lr},
         ]
         self.adam = torch.optim.AdamW(
             [group for group in adam if group["params"]],
@@ -83,6 +85,7 @@ class Optimizers:
         share = rate(step, num_steps, self.config)
         ramp = min(step / MOMENTUM_STEPS, 1.0)
         for group in self.muon.param_groups:
+            group["full_lr"] = self.config.matrix_rate(num_steps) * group["factor"]
             _set(group, "momentum", MOMENTUM_START + (self.config.momentum - MOMENTUM_START) * ramp)
         for optimizer in (self.adam, self.muon):
             for group in optimizer.param_groups:

@@ -91,6 +91,8 @@ def test_dry_run_of_training_says_what_it_takes(command):
     assert plan["parameters"] == model.num_parameters
     assert plan["flops_per_token"] == model.flops_per_token()
     assert (plan["steps"], plan["tokens"]) == (10, 10 * DEMO["batch_tokens"])
+    assert plan["matrix_lr"] == 0.02
+    assert command("train", "--steps", "9600", "--dry-run", "--json").json["plan"]["matrix_lr"] < 0.01
     assert plan["flops_in_total"] == model.flops_per_token() * plan["tokens"]
     memory = plan["memory_MiB_approximate"]
     assert memory["weights"] == memory["gradients"] == round(4 * model.num_parameters["total"] / 2**20)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from starlm.errors import InputError
 from starlm.ops import anchors, longest, ngrams
 from starlm.ops.anchors import anchors_reference
-from starlm.ops.ngrams import NgramIndex, append_each
+from starlm.ops.ngrams import NgramIndex, append
 
 FORMS = {"cpu": anchors, "sort": lambda x, orders, first=None: anchors_reference(x, orders, first)}
 
@@ -111,7 +111,7 @@ def test_the_index_equals_the_batch_after_any_crops(steps, seed):
         index.crop(keep)
         del sequence[keep:]
         new = rng.integers(0, 3, size).tolist()
-        found = index.append(np.array(new, np.int64))
+        found = append([index], torch.tensor([new], dtype=torch.int64))[0]
         sequence += new
         whole = anchors(torch.tensor([sequence], dtype=torch.int64), [1, 2, 5])[0]
         assert torch.equal(torch.from_numpy(found.copy()), whole[len(sequence) - size :])
@@ -120,32 +120,39 @@ def test_the_index_equals_the_batch_after_any_crops(steps, seed):
 def test_the_index_grows_and_keeps_what_it_knew():
     tokens = torch.randint(50, (1, 3000))
     index = NgramIndex((2,))
-    found = [index.append(piece) for piece in np.split(tokens[0].numpy(), range(7, 3000, 7))]
-    assert torch.equal(torch.from_numpy(np.concatenate(found)), anchors(tokens, [2])[0])
+    found = [append([index], piece) for piece in tokens.split(7, dim=1)]
+    assert torch.equal(torch.from_numpy(np.concatenate(found, axis=1)), anchors(tokens, [2]))
 
 
-def test_one_token_of_each_of_several_sequences():
-    """As if each were appended alone, however long they are, through growth and crops."""
+def test_several_sequences_in_one_call():
+    """As in the batch form, however long they are, through growth and crops."""
     rng = np.random.default_rng(0)
-    alone, together = ([NgramIndex((1, 2, 5)) for _ in range(3)] for _ in range(2))
-    for turn in range(400):
+    indices = [NgramIndex((1, 2, 5)) for _ in range(3)]
+    known = [np.empty((2, 0), np.int64) for _ in indices]  # Tokens, and the first row of each.
+    for turn in range(300):
         if turn % 50 == 20:
-            for one, other in zip(alone, together, strict=True):
-                keep = int(rng.integers(one.length))
-                one.crop(keep)
-                other.crop(keep)
-        chosen = np.flatnonzero(rng.integers(0, 2, 3))
-        if len(chosen):
-            tokens, first = rng.integers(0, 4, len(chosen)), rng.integers(-1, 200, len(chosen))
-            got = append_each([together[i] for i in chosen], torch.from_numpy(tokens), first)
-            for row, i in enumerate(chosen):
-                wanted = alone[i].append(tokens[row : row + 1], first[row : row + 1])
-                assert got[row].tolist() == wanted[0].tolist()
+            for i, index in enumerate(indices):
+                index.crop(int(rng.integers(index.length)))
+                known[i] = known[i][:, : index.length]
+        chosen, count = np.flatnonzero(rng.integers(0, 2, 3)), rng.integers(1, 4)
+        if not len(chosen):
+            continue
+        tokens = rng.integers(0, 4, (len(chosen), count))
+        first = rng.integers(-1, 200, (len(chosen), count))
+        got = append([indices[i] for i in chosen], torch.from_numpy(tokens), first)
+        for row, i in enumerate(chosen):
+            known[i] = np.concatenate([known[i], [tokens[row], first[row]]], axis=1)
+            whole, starts = torch.from_numpy(known[i])[:, None]
+            assert got[row].tolist() == anchors(whole, [1, 2, 5], first=starts)[0, -count:].tolist()
+
+
+def row(*tokens):
+    return torch.tensor([tokens])
 
 
 def test_without_memory_to_grow_it_stays_as_it_was(monkeypatch):
-    index, tokens = NgramIndex((1, 2)), np.arange(64) % 7
-    index.append(tokens[:60])
+    index, tokens = NgramIndex((1, 2)), [i % 7 for i in range(64)]
+    append([index], row(*tokens[:60]))
 
     def full(*args):
         raise MemoryError
@@ -153,23 +160,23 @@ def test_without_memory_to_grow_it_stays_as_it_was(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ngrams.np, "full", full)
         with pytest.raises(MemoryError):
-            index.append(np.arange(100))
+            append([index], row(*range(100)))
     for token in [*tokens[60:], 1, 2, 3]:
-        found = append_each([index], torch.tensor([token]), np.zeros(1, np.int64))
-    assert found.tolist() == [[60, 60]]
+        found = append([index], row(token))
+    assert found.tolist() == [[[60, 60]]]
 
 
 @pytest.mark.parametrize("copied", [NgramIndex.copy, copy.deepcopy])
 def test_a_copy_is_independent(copied):
     index = NgramIndex((1,))
-    index.append(np.array([1, 2, 3]))
+    append([index], row(1, 2, 3))
     other = copied(index)
     for _ in range(3):
-        append_each([other], torch.tensor([4]), np.zeros(1, np.int64))
-    assert index.append(np.array([1]))[0, 0] == 1
-    assert other.append(np.array([3]))[0, 0] == 3
+        append([other], row(4))
+    assert append([index], row(1)) == [[[1]]]
+    assert append([other], row(3)) == [[[3]]]
     other.crop(0)
-    assert index.append(np.array([2]))[0, 0] == 2
+    assert append([index], row(2)) == [[[2]]]
 
 
 def test_collisions_change_nothing(monkeypatch):
@@ -179,13 +186,13 @@ def test_collisions_change_nothing(monkeypatch):
     sizes = []
     monkeypatch.setattr(ngrams, "_table_size", lambda length: sizes.append(length) or 2)
     assert torch.equal(anchors(tokens, [1, 2]), wanted)
-    assert torch.equal(torch.from_numpy(NgramIndex((1, 2)).append(tokens[0].numpy()).copy()), wanted[0])
+    assert torch.equal(torch.from_numpy(append([NgramIndex((1, 2))], tokens)), wanted)
     assert sizes
 
 
 def test_the_index_states_its_memory():
     index = NgramIndex((1, 2, 3))
-    index.append(np.arange(1 << 16))
+    append([index], torch.arange(1 << 16)[None])
     # A token, and for each n a link and two to four places in a table.
     assert 4 + 3 * 12 <= index.num_bytes / (1 << 16) <= 4 + 3 * 20
 

@@ -50,6 +50,20 @@ def test_equals_the_composition(function, composed, shape, width, dtype, scale, 
         assert ((a - b).abs() / size).max() < (1e-5 if dtype == F32 else 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_under_autocast_it_comes_as_products_take_it(dtype):
+    x = torch.randn(50, 33, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        assert rms(x).dtype == F32
+        out = rms(x, cast=True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, rms(x).to(dtype))
+    grad = torch.randn(out.shape).to(dtype)
+    (got,), (wanted,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(rms(x), x, grad.float())
+    assert got.dtype == F32
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("function", "composed"), CASES)
 def test_large_and_transposed(function, composed):
     """More than one thread's worth, and memory in another order."""
@@ -74,7 +88,9 @@ def test_registration(dtype):
     x = torch.randn(4, 5, dtype=dtype)
     for op, arguments in (
         (module._rms, (x, dtype)),
+        (module._rms, (x, BF16)),
         (module._rms_backward, (x, x)),
+        (module._rms_backward, (x, x.float())),
         (module._relu2, (x,)),
         (module._relu2_backward, (x, x)),
     ):

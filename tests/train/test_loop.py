@@ -75,7 +75,7 @@ def test_the_loss_falls(config):
     # What the checkpoint holds is what was measured, and it stands for the run.
     model = load(settings.out)
     split = TokenData.open(settings.data).splits["validation"]
-    again = evaluate(model.model, split, model.tokenizer, max_tokens=64)
+    again = evaluate(model.model, split, model.tokenizer, max_tokens=64, precision=settings.precision)
     assert again["bits_per_byte"] == end["bits_per_byte"]
     assert model.generate("def ", max_tokens=8, seed=0) == load(end["checkpoint"]).generate(
         "def ", max_tokens=8, seed=0

@@ -164,6 +164,21 @@ def test_impossible_settings_are_named(name, value):
         OptimConfig(**{name: value})
 
 
+def test_matrices_learn_more_slowly_in_longer_runs_unless_told():
+    model = make_model()
+    for steps, expected in ((1, 0.02), (300, 0.02), (1500, 0.01195), (6000, 0.007668)):
+        assert OptimConfig().matrix_rate(steps) == pytest.approx(expected, rel=1e-3)
+        assert OptimConfig(matrix_lr=0.3).matrix_rate(steps) == 0.3
+        optimizers = Optimizers(model, OptimConfig(shift_lr=0.5, warmdown=0.0))
+        optimizers.schedule(0, steps)
+        found = rates_of(optimizers)
+        for name, (kind, full) in found.items():
+            if kind == "muon":
+                assert full == pytest.approx(expected * (0.5 if "shift" in name else 1), rel=1e-3)
+            else:
+                assert full == rates_of(Optimizers(model, OptimConfig()))[name][1]
+
+
 def test_the_schedule_reaches_every_group():
     model = make_model()
     optimizers = Optimizers(model, OptimConfig(warmdown=0.5))
