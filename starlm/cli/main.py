@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 the input cannot be used, 130 interrupt
 
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def entry() -> None:
     words = sys.argv[1:]
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    # What the library has to say besides: that it compiles kernels.
+    logging.getLogger("starlm").addHandler(logging.StreamHandler())
+    logging.getLogger("starlm").setLevel(logging.INFO)
     code = main(words)
     try:
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 bfloat16 travels as its uint16 bits and is widened one element at a time.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -22,6 +23,26 @@ SERIAL_ELEMENTS = 1 << 15
 ALONE = 20
 
 jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+class _Telling(event.Listener):
+    """Says once that kernels are compiled, for which nothing else can be seen to happen."""
+
+    told = False
+
+    def on_start(self, event):
+        ours = event.data["dispatcher"].py_func.__module__.startswith("starlm")
+        if ours and not self.told:
+            self.told = True
+            logging.getLogger("starlm.ops").info(
+                "Compiling kernels for this processor: up to half a minute, once."
+            )
+
+    def on_end(self, event):
+        pass
+
+
+event.register("numba:compile", _Telling())
 
 
 def widen(x):

@@ -61,9 +61,9 @@ def _read(it, floats, batch, like, streams, origin, b):
     row = np.empty(it.width, like.dtype)
     spans = np.int64(0), it.near, it.anchored, it.width
     places = streams[it.layer, it.stream]
-    append_row(values, spans, places, b, _ZERO, it.channels, like, row)
+    append_row(values, spans, places, b, _ZERO, it.channels, row)
     settings = it.channels, f32(it.furthest), it.sigmoid != 0
-    read_row(shift, gate, origin[b], spans, places, b, _ZERO, _ZERO, *settings, like, read)
+    read_row(shift, gate, origin[b], spans, places, b, _ZERO, _ZERO, *settings, row, read)
     for c in range(it.width):
         x = read[c] * gate[c] if it.gate >= 0 and not it.sigmoid else read[c]
         out[c] = out[c] + x if it.then == ADD else x

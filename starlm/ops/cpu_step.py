@@ -33,8 +33,8 @@ def _normalise(values, channels, row):
 
 
 @jit
-def append_row(values, spans, streams, b, t, channels, like, row):
-    """Token t of those that are new to sequence b, normalised, to its buffers; rows are as `like`.
+def append_row(values, spans, streams, b, t, channels, row):
+    """Token t of those that are new to sequence b, normalised, to its buffers, which are as `row`.
 
     `values` and `row` are [D], `spans` where the kinds' channels begin and end, and `streams` [3, 3, B] has
     address, past and first of the kinds' buffers.
@@ -50,14 +50,18 @@ def append_row(values, spans, streams, b, t, channels, like, row):
             for c in range(right - left):
                 sums[past, c] = sums[past - 1, c] + widen(row[left + c])
         else:
-            buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
+            buffer = carray(pointer(address), (past + 1, right - left), row.dtype)
             for c in range(right - left):
                 buffer[past, c] = row[left + c]
 
 
 @jit
 def read_row(z, gate, origin, spans, streams, b, t, later, channels, furthest, gated, like, out):
-    """What that token reads, whose first row is `later` behind that of token 0; all [D] but origin [A]."""
+    """What that token reads, whose first row is `later` behind that of token 0; all [D] but origin [A].
+
+    Buffers are in the dtype of `like`, an array of one dimension, as `row` is in `append_row`: so both
+    callers have the same types, and in fp32 one compiled kernel.
+    """
     width = z.size
     rows, scratch = np.empty((2, width), np.int32), np.empty((3, width), np.float32)
     shift, fraction, read = scratch[0], scratch[1], scratch[2]
@@ -100,7 +104,7 @@ def _append(values, spans, streams, channels, begin, end):
     row = np.empty(values.shape[2], values.dtype)
     for b in range(begin, end):
         for t in range(values.shape[1]):
-            append_row(values[b, t], spans, streams, b, t, channels, row, row)
+            append_row(values[b, t], spans, streams, b, t, channels, row)
 
 
 @jit
@@ -145,7 +149,7 @@ def step(
     for head, rows in enumerate(origins):
         anchored[..., head] = rows.numpy()
     later = np.zeros((batch, length), np.int64) if first is None else index(first - first[:, :1])
-    spans = np.array([0, near, heads - boxes, heads]) * channels
+    spans = 0, near * channels, (heads - boxes) * channels, width
     furthest = f32(np.inf if max_shift is None else max_shift)
     spread(lambda *some: _append(v, spans, streams, channels, *some), batch, values.numel())
     settings = anchored, later, spans, streams, channels, furthest, gate is not None, array(out)

@@ -111,7 +111,7 @@ def _logging() -> Iterator[None]:
     """The server's log and uvicorn's on stderr, as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
-    loggers = {"starlm.serve": logging.INFO, "uvicorn": logging.WARNING}
+    loggers = {"starlm.serve": logging.INFO, "starlm.ops": logging.INFO, "uvicorn": logging.WARNING}
     for name, level in loggers.items():
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).addHandler(handler)

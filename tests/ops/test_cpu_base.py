@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -100,3 +102,27 @@ def test_where_a_helper_had_lost_its_core_the_next_calls_have_none(monkeypatch):
     assert led == [True] * len(stalled)
     # The first two calls and the one after ALONE others have two helpers each.
     assert helped == [False] * 6
+
+
+CALLS = """
+import logging, numba, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from starlm import anchors
+numba.njit(lambda x: x + 1)(1)
+print("begin", flush=True)
+anchors(torch.ones(1, 4, dtype=torch.int64), [1])
+anchors(torch.ones(1, 4, dtype=torch.int64), [1], first=torch.zeros(1, 4, dtype=torch.int64))
+"""
+
+
+def test_it_is_said_once_that_kernels_are_compiled(tmp_path):
+    """Not that a user's own are, and not where the cache has them."""
+    command = [sys.executable, "-c", CALLS]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for said in (1, 0):
+        done = subprocess.run(
+            command, env=environment, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        before, after = done.stdout.split("begin")
+        assert "Compiling" not in before
+        assert after.count("Compiling kernels") == said
