@@ -62,18 +62,17 @@ def _widen_overload(x):
     return lambda x: x
 
 
-@overload(store, inline="always")
+# Not inlined by numba, as `widen` is, but by LLVM: the other way loops that store are not vectorised.
+@overload(store)
 def _store_overload(out, index, x):
     if out.dtype == numba.types.uint16:
 
         def store_bf16(out, index, x):
-            if x == x:
-                bits = np.float32(x).view(np.uint32)
-                # Round to nearest, ties to even, on the upper 16 bits.
-                even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                out[index] = np.uint16(np.uint32(bits + even) >> np.uint32(16))
-            else:
-                out[index] = np.uint16(0x7FC0)
+            bits = np.float32(x).view(np.uint32)
+            # Round to nearest, ties to even, on the upper 16 bits.
+            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint16(np.uint32(bits + even) >> np.uint32(16))
+            out[index] = rounded if x == x else np.uint16(0x7FC0)
 
         return store_bf16
 

@@ -39,9 +39,13 @@ def _rms_backward(grad, x, eps, out, row0, row1):
             store(target, c, scale * (f32(widen(grad[row, c])) - f32(widen(x[row, c])) * along))
 
 
+# As slices: an index that might be negative is looked at every time, and the loop not vectorised.
+
+
 @jit
 def _relu2(x, out, begin, end):
-    for i in range(begin, end):
+    x, out = x[begin:end], out[begin:end]
+    for i in range(x.size):
         v = f32(widen(x[i]))
         # Not max: NaN must stay NaN.
         v = ZERO if v < ZERO else v
@@ -50,7 +54,8 @@ def _relu2(x, out, begin, end):
 
 @jit
 def _relu2_backward(grad, x, out, begin, end):
-    for i in range(begin, end):
+    grad, x, out = grad[begin:end], x[begin:end], out[begin:end]
+    for i in range(x.size):
         v = f32(widen(x[i]))
         v = ZERO if v < ZERO else v
         store(out, i, TWO * v * f32(widen(grad[i])))
