@@ -35,6 +35,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The dtype that `name` means: float32, bfloat16, float16; None for auto.
+
+    Raises:
+        InputError: unknown name.
+    """
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(f"dtype must be {', '.join(known)}; got {name!r}.")
+    return known[name]
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """What figures of a GPU must be read with: its name and the software that runs it; of a CPU nothing."""
     if device.type != "cuda":

@@ -69,6 +69,8 @@ class ChatOptions:
     """Same seed, same answers to the same messages; without it new ones each time."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and of what is remembered; auto is the checkpoint's. bfloat16 takes half the memory."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -86,7 +88,7 @@ def run(options: ChatOptions, console: Console) -> dict[str, Any]:
     from starlm.generate.text import load
     from starlm.model.checkpoint import find_checkpoint
 
-    model = load(options.model, device=options.device)
+    model = load(options.model, device=options.device, dtype=options.dtype)
     render = renderer(find_checkpoint(options.model), model.tokenizer, options.conversation)
     session = Session(model, render, options, console)
     if talks:

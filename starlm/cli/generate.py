@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,6 +54,8 @@ class GenerateOptions:
     """The text ends before the first of these strings."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and of what is remembered; auto is the checkpoint's. bfloat16 takes half the memory."""
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.text, self.prompt, self.prompt_file)) > 1:
@@ -66,7 +68,7 @@ def run(options: GenerateOptions, console: Console) -> dict[str, Any]:
     prompt = read_prompt(text, options.prompt_file, flags=('starlm generate "def "', "--prompt-file FILE"))
     from starlm.generate.text import load
 
-    model = load(options.model, device=options.device)
+    model = load(options.model, device=options.device, dtype=options.dtype)
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     names = ("temperature", "top_k", "top_p", "min_p", *penalties, "seed", "stop")
     chosen = {name: getattr(options, name) for name in names}

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from starlm.data.tokenizer import Tokenizer
-from starlm.device import pick_device
+from starlm.device import pick_device, pick_dtype
 from starlm.errors import InputError
 from starlm.generate.engine import Engine
 from starlm.generate.request import Piece, Request
@@ -115,15 +115,18 @@ def _fitting(tokenizer: Tokenizer, begin: bytes) -> Tensor:
     return torch.tensor([bool(p) and (p.startswith(begin) or begin.startswith(p)) for p in pieces])
 
 
-def load(path: str | Path, *, device: str = "auto") -> TextModel:
+def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextModel:
     """The model and tokenizer of a run or checkpoint folder.
 
     Args:
         path: run folder (its last checkpoint is taken) or checkpoint folder.
         device: auto, cpu, cuda, or cuda:N.
+        dtype: of the weights, and of what is remembered of a text: float32, bfloat16, float16, or auto, as
+            they are in the file. With half the bytes large models answer faster and remember twice as much.
 
     Raises:
         InputError: there is no usable checkpoint.
     """
     folder = find_checkpoint(Path(path))
-    return TextModel(load_model(folder, device=pick_device(device)), Tokenizer.load(folder))
+    model = load_model(folder, device=pick_device(device), dtype=pick_dtype(dtype))
+    return TextModel(model, Tokenizer.load(folder))

@@ -206,8 +206,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"Cannot read {path}: {error}. Copy the folder it belongs to again.") from None
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu") -> StarLM:
+def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> StarLM:
     """The model in a checkpoint or run folder, in evaluation mode.
+
+    Args:
+        dtype: what its weights are rounded to; None leaves them as they are in the file.
 
     Raises:
         InputError: no checkpoint there, damaged files, or weights that do not fit the config.
@@ -219,7 +222,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> StarLM:
     with torch.device("meta"):
         model = StarLM(from_dict(StarLMConfig, values, where=where))
     load_weights(model, folder, assign=True)
-    return model.to(device).eval()
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def load_weights(model: StarLM, folder: Path, *, assign: bool = False) -> None:

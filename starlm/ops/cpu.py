@@ -23,13 +23,12 @@ _i32 = np.int32
 
 
 @jit
-def locate(shift, origin, start, last, rows, fraction):
-    """Rows to read (near, far) and weight of the far one, for the shifts of one head.
+def locate(shift, origin, start, last, near, far, fraction):
+    """Rows to read and weight of the far one, for the shifts of one head.
 
     Apart from the reads, so that this loop vectorises and the reads are all that is left of the other.
     `origin` and `start` are int64 that somebody else has made: whatever they say, the rows are rows.
     """
-    near, far = rows[0], rows[1]
     place, start = _i32(min(origin, _FURTHEST)), _i32(min(max(start, 0), last))
     for c in range(shift.size):
         x = widen(shift[c])
@@ -56,8 +55,8 @@ def _warm(source, row):
 
 
 @jit
-def _forward(values, shift, heads, origin, first, past, out, rows, fraction, query0, query1):
-    """Fill queries query0 .. query1 of the B * T in `out`; `rows` and `fraction` are scratch."""
+def _forward(values, shift, heads, origin, first, past, out, near, far, fraction, query0, query1):
+    """Fill queries query0 .. query1 of the B * T in `out`; `near`, `far` and `fraction` are scratch."""
     _, length, width = shift.shape
     channels = width // heads
     seen = values[0, 0, 0]
@@ -75,9 +74,9 @@ def _forward(values, shift, heads, origin, first, past, out, rows, fraction, que
                 for c in range(channels):
                     store(target, c, np.float32(0))
                 continue
-            locate(shift[b, t, left:right], o, start, last, rows, fraction)
+            locate(shift[b, t, left:right], o, start, last, near, far, fraction)
             for c in range(channels):
-                i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
+                i, j, column = np.uint32(near[c]), np.uint32(far[c]), np.uint32(left + c)
                 v = widen(source[i, column])
                 store(target, c, v + fraction[c] * (widen(source[j, column]) - v))
     return seen
@@ -85,13 +84,13 @@ def _forward(values, shift, heads, origin, first, past, out, rows, fraction, que
 
 @jit
 def _backward(
-    grad, values, shift, heads, origin, first, past, dvalues, dshift, rows, fraction, groups, part0, part1
+    grad, values, shift, heads, origin, first, past, dvalues, dshift, near, far, fraction, groups, begin, end
 ):
-    """Add to `dvalues` and fill `dshift` for parts part0 .. part1 of the B * groups (batch, heads) pairs."""
+    """Add to `dvalues` and fill `dshift` for parts begin .. end of the B * groups (batch, heads) pairs."""
     _, length, width = shift.shape
     channels = width // heads
     seen = values[0, 0, 0]
-    for part in range(part0, part1):
+    for part in range(begin, end):
         b, group = part // groups, part % groups
         source, dsource = values[b], dvalues[b]
         for t in range(length):
@@ -106,9 +105,9 @@ def _backward(
                     for c in range(channels):
                         store(ds, c, np.float32(0))
                     continue
-                locate(shift[b, t, left:right], o, start, last, rows, fraction)
+                locate(shift[b, t, left:right], o, start, last, near, far, fraction)
                 for c in range(channels):
-                    i, j, column = np.uint32(rows[0, c]), np.uint32(rows[1, c]), np.uint32(left + c)
+                    i, j, column = np.uint32(near[c]), np.uint32(far[c]), np.uint32(left + c)
                     dy = widen(g[c])
                     store(ds, c, dy * (widen(source[j, column]) - widen(source[i, column])))
                     further = dy * fraction[c]
@@ -201,12 +200,11 @@ def rows_of(tensor: Tensor, exact: torch.dtype) -> np.ndarray:
     return array(tensor.detach().to(_kept(tensor, exact)).flatten(2))
 
 
-def _scratch(shift: Tensor, heads: int, exact: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Room for the rows to read and the weights of one head."""
+def _scratch(shift: Tensor, heads: int, exact: torch.dtype) -> tuple[np.ndarray, ...]:
+    """Room for the rows to read, near and far, and the weights of one head."""
     channels = shift.shape[2] * shift.shape[3] // heads
-    return np.empty((2, channels), np.int32), np.empty(
-        channels, np.float64 if exact == torch.float64 else np.float32
-    )
+    weight = np.float64 if exact == torch.float64 else np.float32
+    return tuple(np.empty(channels, dtype) for dtype in (np.int32, np.int32, weight))
 
 
 def _indices(

@@ -66,34 +66,34 @@ def reach(z, kind, furthest, shift):
 
 
 @jit
-def place(shift, kind, origin, start, t, length, channels, rows, fraction):
+def place(shift, kind, origin, start, t, length, channels, near, far, fraction):
     """`locate` of every head; of anchored ones by the origins given, [W // C]."""
     if kind == NOW:
-        locate(shift, t, start, i32(t), rows, fraction)
+        locate(shift, t, start, i32(t), near, far, fraction)
     elif kind == BOX:
         # A window is clipped to what there is; its sums are those before each row, so the query's is t + 1.
         most = f32(t + 1 - start)
         for c in range(shift.size):
             shift[c] = most if shift[c] > most else shift[c]
-        locate(shift, t + 1, start, i32(t + 1), rows, fraction)
+        locate(shift, t + 1, start, i32(t + 1), near, far, fraction)
     else:
         for h in range(shift.size // channels):
             begin, end = h * channels, (h + 1) * channels
             if origin[h] < 0:
                 for c in range(begin, end):
-                    rows[0, c] = rows[1, c] = length
+                    near[c] = far[c] = length
                     fraction[c] = ZERO
             else:
-                near = rows[:, begin:end]
-                locate(shift[begin:end], origin[h], start, i32(t), near, fraction[begin:end])
+                some = near[begin:end], far[begin:end], fraction[begin:end]
+                locate(shift[begin:end], origin[h], start, i32(t), *some)
 
 
 @jit
-def mean_of(sums, end, width, rows, fraction, c):
+def mean_of(sums, end, width, near, far, fraction, c):
     """Mean of channel c over the last `width` rows before `end`; and the row at the far edge, negative."""
-    near, far = sums[np.uint32(rows[0, c]), c], sums[np.uint32(rows[1, c]), c]
-    edge = far - near
-    return (sums[end, c] - (near + fraction[c] * edge)) / width, edge
+    first, second = sums[np.uint32(near[c]), c], sums[np.uint32(far[c]), c]
+    edge = second - first
+    return (sums[end, c] - (first + fraction[c] * edge)) / width, edge
 
 
 @jit
@@ -114,7 +114,8 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
             np.empty((length, width // channels), np.float32),
         )
         sums = np.empty((length + 1 if kind == BOX else 1, width), np.float64)
-        rows, scratch = np.empty((2, width), np.int32), np.empty((3, width), np.float32)
+        near, far = np.empty(width, np.int32), np.empty(width, np.int32)
+        scratch = np.empty((3, width), np.float32)
         shift, fraction, read = scratch[0], scratch[1], scratch[2]
         _normalise(values[b], left, channels, slab, scale)
         if kind == BOX:
@@ -122,14 +123,14 @@ def _forward(values, z, gate, origin, first, units, channels, furthest, gated, o
         for t in range(length):
             start = max(min(first[b, t], t), 0)
             reach(z[b, t, left:right], kind, furthest, shift)
-            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
+            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, near, far, fraction)
             if kind == BOX:
                 for c in range(width):
-                    mean, _ = mean_of(sums, t + 1, shift[c], rows, fraction, c)
+                    mean, _ = mean_of(sums, t + 1, shift[c], near, far, fraction, c)
                     read[c] = mean * np.sqrt(min(shift[c], f32(BOX_SCALE)))
             else:
                 for c in range(width):
-                    i, j = np.uint32(rows[0, c]), np.uint32(rows[1, c])
+                    i, j = np.uint32(near[c]), np.uint32(far[c])
                     v = slab[i, c]
                     read[c] = v + fraction[c] * (slab[j, c] - v)
             target = out[b, t, left:right]
@@ -157,7 +158,8 @@ def _backward(
         dslab = np.zeros((length + 1, width), np.float32)
         sums = np.empty((length + 1 if kind == BOX else 1, width), np.float64)
         dsums = np.zeros(sums.shape, np.float64)
-        rows, scratch = np.empty((2, width), np.int32), np.empty((5, width), np.float32)
+        near, far = np.empty(width, np.int32), np.empty(width, np.int32)
+        scratch = np.empty((5, width), np.float32)
         shift, fraction, read, d, slope = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
         _normalise(values[b], left, channels, slab, scale)
         if kind == BOX:
@@ -175,14 +177,14 @@ def _backward(
                 for c in range(width):
                     d[c] = widen(dy[c])
             reach(zt, kind, furthest, shift)
-            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, rows, fraction)
+            place(shift, kind, origin[b, t, anchors:], start, t, length, channels, near, far, fraction)
             if kind == BOX:
                 most = min(f32(t + 1 - start), furthest)
                 for c in range(width):
-                    mean, edge = mean_of(sums, t + 1, shift[c], rows, fraction, c)
+                    mean, edge = mean_of(sums, t + 1, shift[c], near, far, fraction, c)
                     size = np.sqrt(min(shift[c], f32(BOX_SCALE)))
                     read[c] = mean * size
-                    i, j = np.uint32(rows[0, c]), np.uint32(rows[1, c])
+                    i, j = np.uint32(near[c]), np.uint32(far[c])
                     share = np.float64(d[c] * size) / shift[c]
                     further = share * fraction[c]
                     dsums[t + 1, c] += share
@@ -193,7 +195,7 @@ def _backward(
                     shift[c] *= ZERO if clipped else f32(share * (-edge - mean)) * HALF
             else:
                 for c in range(width):
-                    i, j = np.uint32(rows[0, c]), np.uint32(rows[1, c])
+                    i, j = np.uint32(near[c]), np.uint32(far[c])
                     v = slab[i, c]
                     edge = slab[j, c] - v
                     read[c] = v + fraction[c] * edge

@@ -69,24 +69,24 @@ def read_row(z, gate, origin, spans, streams, b, t, later, channels, furthest, g
         left, right = spans[kind], spans[kind + 1]
         if left == right:
             continue
-        here, far = slice(left, right), rows[:, left:right]
+        here, near, far = slice(left, right), rows[0, left:right], rows[1, left:right]
         address, past, first = streams[kind, 0, b], streams[kind, 1, b] + t, streams[kind, 2, b] + later
         reach(z[here], kind, furthest, shift[here])
         if kind == BOX:
             sums = carray(pointer(address), (past + 1, right - left), np.float64)
             start = max(min(first, past - 1), 0)
-            place(shift[here], BOX, origin, start, past - 1, 0, channels, far, fraction[here])
+            place(shift[here], BOX, origin, start, past - 1, 0, channels, near, far, fraction[here])
             for c in range(right - left):
-                x, _ = mean_of(sums, past, shift[left + c], far, fraction[here], c)
+                x, _ = mean_of(sums, past, shift[left + c], near, far, fraction[here], c)
                 read[left + c] = x * np.sqrt(min(shift[left + c], f32(BOX_SCALE)))
             continue
         buffer = carray(pointer(address), (past + 1, right - left), like.dtype)
         start = max(min(first, past), 0)
         # Who has no anchor reads its own row, times 0.
-        place(shift[here], kind, origin, start, past, past, channels, far, fraction[here])
+        place(shift[here], kind, origin, start, past, past, channels, near, far, fraction[here])
         for c in range(right - left):
-            v = widen(buffer[np.uint32(far[0, c]), c])
-            read[left + c] = v + fraction[left + c] * (widen(buffer[np.uint32(far[1, c]), c]) - v)
+            v = widen(buffer[np.uint32(near[c]), c])
+            read[left + c] = v + fraction[left + c] * (widen(buffer[np.uint32(far[c]), c]) - v)
         if kind == ANCHORED:
             for c in range(right - left):
                 if origin[c // channels] < 0:

@@ -47,6 +47,8 @@ class ServeOptions:
     that the model continues (plain), or as the model was trained (auto: `"chat"` in its config.json)."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and of what is remembered; auto is the checkpoint's. bfloat16 takes half the memory."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, rule: str, name: str) -> None:

@@ -85,7 +85,7 @@ class Models:
         """
         options = self._options
         for name, folder in self._folders.items():
-            text = speaker(load(folder, device=options.device))
+            text = speaker(load(folder, device=options.device, dtype=options.dtype))
             chat = Chat(model=text, render=renderer(folder, text.tokenizer, options.conversation))
             engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
             # The first call compiles kernels, which takes seconds: nobody is to wait for it.

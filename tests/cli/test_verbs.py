@@ -174,7 +174,7 @@ def fake_model(stand_in):
             yield SimpleNamespace(text=prompt, tokens=("1",))
             yield SimpleNamespace(text="!", tokens=("2", "3", "4"))
 
-    def load(path, device="auto"):
+    def load(path, device="auto", dtype="auto"):
         if not Path(path).exists():
             raise InputError(f"There is no model at {path}.")
         return Model()

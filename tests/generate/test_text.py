@@ -155,6 +155,16 @@ def test_load(tmp_path):
     wanted = model.generate("def", max_tokens=20, seed=1)
     assert load(tmp_path / "run", device="cpu").generate("def", max_tokens=20, seed=1) == wanted
     assert load(str(tmp_path / "run")).config == model.config
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        rounded = load(tmp_path / "run", device="cpu", dtype=name)
+        assert {parameter.dtype for parameter in rounded.model.parameters()} == {dtype}
+        model = make("mixed")
+        model.model.to(dtype)
+        wanted = model.generate("def", max_tokens=20, seed=1)
+        assert rounded.generate("def", max_tokens=20, seed=1) == wanted
+    with pytest.raises(InputError, match="dtype must be auto, float32, bfloat16, float16; got 'int8'"):
+        load(tmp_path / "run", dtype="int8")
     (tmp_path / "run/checkpoints/step-000003/tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no readable tokenizer at .*tokenizer.json"):
         load(tmp_path / "run")
