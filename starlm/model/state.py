@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from starlm.errors import InputError
 from starlm.nn.attention import Attention
 from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
-
-if TYPE_CHECKING:
-    pass
 
 # Of layers whose rows a step can write by itself.
 Mixer = Deformer | Attention
