@@ -14,10 +14,9 @@ from starlm.device import has_bfloat16
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, its options, state and update rule, but for how matrices are orthogonalised.
 
-    PyTorch iterates in bfloat16 everywhere. Without matrix units for it a CPU is slower so, and the result a
-    hundred times as far from the exact one: there we iterate in float32, matrix by matrix, which stay in the
-    cache. On a GPU we iterate in bfloat16, all matrices of a shape in one batch, and a group's rate and
-    momentum may be tensors.
+    PyTorch iterates in bfloat16 everywhere. Many CPUs are slower so, and the result is a thousand times as
+    far from the exact one: on them we iterate in float32. On a CPU matrix by matrix, which stay in the cache;
+    on a GPU all matrices of a shape in one batch, and a group's rate and momentum may be tensors.
     """
 
     @torch.no_grad()
