@@ -151,7 +151,8 @@ class Parts:
         if LONGEST in self.orders:
             best = longest(dict(enumerate(torch.from_numpy(found)[:, None].unbind(-1))))
             found = np.concatenate([found, best.numpy()], axis=1)
-        return found[:, self._columns]
+        # In C's order for any number of slots, unlike found[:, columns]: kernels are compiled for an order.
+        return found.take(self._columns, axis=1)
 
     def _look(self) -> list[Any]:
         # For every token: as little Python as can be. Part of a weight may begin where all of it did.

@@ -415,3 +415,14 @@ def test_logits_of_a_step(dtype, softcap):
     got = model.to(dtype).logits(hidden, step=True)
     assert got.dtype == torch.float32
     assert_close(got.double(), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_anchors_of_heads_lie_in_one_order_for_any_number_of_slots(slots):
+    """A kernel is compiled for the order that it gets: in another one, clients would wait for the compiler."""
+    model = make_model("star")
+    found = np.arange(slots * len(model.orders)).reshape(slots, -1)
+    of_heads = step.parts_of(model).of_heads(found)
+    assert of_heads.flags.c_contiguous
+    layer = model.blocks[0].mixer
+    assert of_heads.T.tolist() == [found[:, model.orders.index(n)].tolist() for n in layer.orders]
