@@ -419,8 +419,8 @@ def test_logits_of_a_step(dtype, softcap):
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_anchors_of_heads_lie_in_one_order_for_any_number_of_slots(slots):
-    """A kernel is compiled for the order that it gets: in another one, clients would wait for the compiler."""
-    model = make_model("star")
+    """A kernel is compiled for the order that it gets; in another one clients would wait for the compiler."""
+    model = make_model("star", dtype=torch.float32)
     found = np.arange(slots * len(model.orders)).reshape(slots, -1)
     of_heads = step.parts_of(model).of_heads(found)
     assert of_heads.flags.c_contiguous
