@@ -51,6 +51,7 @@ _TAPS = partial(_taps, near=16, reach=64, orders=(1, 2, 3))
 CANDIDATES: dict[str, tuple[str, dict[str, Callable[[StarLMConfig], nn.Module]]]] = {
     "star-keys": ("star", {"D": partial(_star, keys="head")}),
     "star-channel-keys": ("star", {"D": partial(_star, keys="channel")}),
+    "star-W-channel-keys": ("star-W", {"D": partial(_star, keys="channel")}),
     "star-fit": ("star", {"D": partial(_star, fit=True)}),
     "star-back": ("star", {"D": partial(_star, back="now")}),
     "star-chain": ("star", {"D": partial(_star, back="chain")}),

@@ -107,8 +107,8 @@ class Stepper(Protocol):
 class Parts:
     """The modules that a model is made of, and what can run its steps as long as it is: `stepper`, or None.
 
-    Weights that change in place may do so. `head` is the weight of a head that is a dense layer like the
-    others, or None.
+    Weights that change in place may do so; settings of layers may not, since code that is written has them in
+    it. `head` is the weight of a head that is a dense layer like the others, or None.
     """
 
     def __init__(self, model: Any) -> None:
@@ -123,24 +123,25 @@ class Parts:
         self._owners = [module._parameters for module in self._modules if module._parameters]
         self._hooks = [h for m in self._modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._vars = list(map(vars, self._modules))
-        self._seen = self._look()
         self.mixers: list[Mixer] = []
         self.stepper: Stepper | None = None
         if self._is_steppable():
-            weight = model.embedding.weight
             self.mixers = [block.mixer for block in model.blocks]
+        known = [*model.orders, LONGEST]
+        if self.mixers and _agree(self.mixers, known):
+            weight = model.embedding.weight
             self.layout = row_layout(self.mixers, weight)
-            # Of anchored heads, which are the same in all layers that have any.
-            self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer)), [])
-            known = [*model.orders, LONGEST]
+            self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer) and m.orders), [])
             self._columns = [known.index(n) for n in self.orders]
             self.stepper = STEPPERS[weight.device.type](model, self.head)
+        self._softcap, self._seen = model.config.softcap, self._look()
 
     def are_those_of(self, model: Any) -> bool:
         """Whether the model is made of the same modules still, whose weights lie where they did."""
         embedding, blocks = self._modules[:2]
         same = model.embedding is embedding and model.blocks is blocks
-        return same and getattr(model, "head", None) is self._head and self._look() == self._seen
+        same = same and getattr(model, "head", None) is self._head and model.config.softcap == self._softcap
+        return same and self._look() == self._seen
 
     def are_hooked(self) -> bool:
         """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
@@ -160,6 +161,7 @@ class Parts:
         seen: list[Any] = list(map(id, children))
         for of_weight in (Tensor.data_ptr, Tensor.size, Tensor.stride):
             seen.extend(map(of_weight, weights))
+        seen.extend([mixer.row_layout for mixer in self.mixers])
         return seen
 
     def _weights(self) -> list[Tensor]:
@@ -173,6 +175,13 @@ class Parts:
         known = all(type(m) in MODULES[device.type] or isinstance(m, Block) for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
         return known and plain and dtype in step_kernel(device).DTYPES and len(self._modules[1]) > 0
+
+
+def _agree(mixers: list[Mixer], known: list[int]) -> bool:
+    """Whether all layers can have the same anchors, n of which are `known`, and the same positions."""
+    anchors = {tuple(m.orders) for m in mixers if isinstance(m, Deformer) and m.orders}
+    turns = {(m.query.out_features // m.heads, m.rope_base) for m in mixers if isinstance(m, Attention)}
+    return len(anchors) < 2 and len(turns) < 2 and all(n in known for n in chain(*anchors))
 
 
 def _plain_head(head: Any, like: Tensor) -> Tensor | None:

@@ -91,8 +91,8 @@ class Attention(nn.Module):
 
     @property
     def row_layout(self) -> tuple:
-        """What must be the same of two layers for one to read the rows of the other."""
-        return self.query.out_features, self.heads, self.window
+        """As `Deformer.row_layout`."""
+        return self.query.out_features, self.heads, self.rope_base, self.window
 
     def reserve(
         self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState

@@ -169,8 +169,8 @@ class Deformer(nn.Module):
 
     @property
     def row_layout(self) -> tuple:
-        """What must be the same of two layers for one to read the rows of the other."""
-        return self.dim, self.kinds, self.streams, self.max_shift
+        """What beside weights decides what becomes of rows: layers that agree in it can read each other's."""
+        return self.dim, self.preset, self.kinds, self.max_shift
 
     def shift_parameters(self) -> list[nn.Parameter]:
         """The shift projections: a parameter group of their own."""

@@ -3,11 +3,13 @@
 bfloat16 travels as its uint16 bits and is widened one element at a time.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,7 +24,35 @@ SERIAL_ELEMENTS = 1 << 15
 # Calls without helpers after one that had to wait for a helper.
 ALONE = 20
 
-jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+def _stamp() -> str:
+    """Of the code of all kernels."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*folder.glob("cpu*.py"), folder / "ngrams.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _stamp()
+
+
+def kernel(**options: Any) -> Any:
+    """A decorator that compiles a function with numba's options, and keeps it on disk.
+
+    Functions are compiled into those that call them, but numba looks only whether a function's own file has
+    changed: here one that is kept goes with the code of all kernels.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher: Any = numba.njit(cache=True, error_model="numpy", **options)(function)
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+        return dispatcher
+
+    return decorate
+
+
+jit = kernel(nogil=True)
 
 
 class _Telling(event.Listener):
@@ -31,8 +61,9 @@ class _Telling(event.Listener):
     told = False
 
     def on_start(self, event):
-        ours = event.data["dispatcher"].py_func.__module__.startswith("starlm")
-        if ours and not self.told:
+        # Functions of other libraries may come from nowhere.
+        module = event.data["dispatcher"].py_func.__module__ or ""
+        if module.startswith("starlm.") and not self.told:
             self.told = True
             logging.getLogger("starlm.ops").info(
                 "Compiling kernels for this processor: up to half a minute, once."

@@ -4,15 +4,13 @@ All constants are fp32: an integer beside an fp32 number would make numba comput
 """
 
 import math
-from typing import Any
 
-import numba
 import numpy as np
 
+from starlm.ops.cpu_base import kernel
+
 # Sums may be taken in any order, products and sums fused; NaN and infinity keep their meaning.
-jit: Any = numba.njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"}
-)
+jit = kernel(nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})
 f32, i32 = np.float32, np.int32
 ZERO, HALF, ONE, TWO = f32(0), f32(0.5), f32(1), f32(2)
 # Where exp would leave fp32, and where tanh has long been 1.

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Int
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from starlm.ops.cpu_base import index, jit, pointer, spread
+from starlm.ops.cpu_base import index, jit, kernel, pointer, spread
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _ONE, _HALF = np.uint64(1), np.uint64(32)
@@ -96,7 +95,7 @@ def _table_size(length: int) -> int:
 
 
 # Without `nogil`: a token takes microseconds, and a thread that lets others in may wait for longer than that.
-@numba.njit(cache=True, error_model="numpy")
+@kernel()
 def _append_each(places, orders, lengths, tokens, first, origin):
     for b in range(tokens.shape[0]):
         place, begin = places[b], lengths[b]

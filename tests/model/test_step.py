@@ -7,17 +7,19 @@ from, with the CPU's kernel in place of the GPU's, which test_triton_step.py tes
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from models import BOUNDED, KINDS, make_model, make_tokens
-from relations import assert_close
+from relations import assert_close, randomise
 
 from starlm.errors import InputError
 from starlm.model import graph, program, step
 from starlm.model.model import StarLM
 from starlm.model.state import DecodeState, row_layout
+from starlm.nn.deformer import Deformer
 from starlm.ops import cpu_program, cpu_step, plain, triton_step
 
 LAYERS = {kind: set(options.get("layers", "D")) for kind, options in (KINDS | BOUNDED).items()}
@@ -218,6 +220,48 @@ def test_weights_that_change(device):
     assert decode(0.1) is not last
     model.float()
     decode()
+
+
+@pytest.mark.parametrize("kind, setting", [("star", "max_shift"), ("window", "window")])
+def test_settings_that_change(device, stepper, kind, setting):
+    """After the first step, in which they are written down."""
+    if kind == "window" and stepper != "program":
+        pytest.skip("graphs are of Deformers alone")
+    model = model_on(device, kind)
+    check(model, model.new_state(), [tokens_on(device, 0)], 12)
+    setattr(model.blocks[0].mixer, setting, 3)
+    check(model, model.new_state(), [tokens_on(device, 0)], 12)
+    model.config = replace(model.config, softcap=2.0)
+    check(model, model.new_state(), [tokens_on(device, 0)], 12)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_that_differ(device, layer):
+    """Anchored heads in one layer only."""
+    model = model_on(device, "star")
+    dim, heads = model.config.width, model.blocks[0].mixer.heads
+    model.blocks[layer].mixer = randomise(Deformer(dim, heads, preset="gated")).to(device)
+    check(model, model.new_state(), [tokens_on(device, 0)], 20)
+
+
+def test_layers_that_disagree_go_the_ordinary_way(device, stepper):
+    """On where their anchored heads read, or on positions."""
+    tokens = tokens_on(device, 1, 20)
+
+    def check_composed(model):
+        state = model.new_state()
+        got = torch.cat([model(tokens[:, t : t + 1], state=state) for t in range(20)], dim=1)
+        assert not step.sizes_of(model)
+        assert_close(got, full(model, tokens), 1e-4)
+
+    model = model_on(device, "star")
+    other = Deformer(model.config.width, model.blocks[0].mixer.heads, preset="gated", kinds=("token", "now"))
+    model.blocks[0].mixer = randomise(other).to(device)
+    check_composed(model)
+    if stepper == "program":
+        model = model_on(device, "attention")
+        model.blocks[0].mixer.rope_base = 0.0
+        check_composed(model)
 
 
 def test_a_state_of_another_dtype_goes_the_ordinary_way(device):

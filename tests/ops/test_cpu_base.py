@@ -1,15 +1,19 @@
 """What the CPU kernels share."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
 
+import starlm
 from starlm.ops import cpu_base
 
 
@@ -126,3 +130,43 @@ def test_it_is_said_once_that_kernels_are_compiled(tmp_path):
         before, after = done.stdout.split("begin")
         assert "Compiling" not in before
         assert after.count("Compiling kernels") == said
+
+
+@pytest.mark.slow
+def test_a_kernel_is_compiled_anew_when_one_that_it_calls_has_changed(tmp_path):
+    """They are in different files, of which numba looks at one."""
+    package = Path(starlm.__file__).parent
+    shutil.copytree(package, tmp_path / "starlm", ignore=shutil.ignore_patterns("__pycache__"))
+    script = """
+import numpy as np
+from starlm.ops.cpu_product import CAP, _finish
+out = np.empty(1, np.float32)
+_finish(np.ones(1, np.float32), np.empty(0, np.float32), np.float32(1), CAP, np.float32(1), out)
+print(out[0], _finish.stats.cache_hits.total())
+"""
+
+    def run():
+        command = [sys.executable, "-c", script]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+        environment["PYTHONPATH"] = str(tmp_path)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        result, hits = done.stdout.split()
+        return float(result), int(hits)
+
+    assert run() == (pytest.approx(np.tanh(1)), 0)
+    assert run() == (pytest.approx(np.tanh(1)), 1)
+    called = tmp_path / "starlm" / "ops" / "cpu_math.py"
+    changed = called.read_text().replace("return less / (less + TWO)", "return TWO * less / (less + TWO)")
+    called.write_text(changed)
+    assert run() == (pytest.approx(2 * np.tanh(1)), 0)
+
+
+def test_functions_of_others_compile_beside_kernels():
+    """Also those that were made by `exec`, which have no module."""
+    found = {}
+    exec("def add_one(x):\n    return x + 1", found)
+    assert found["add_one"].__module__ is None
+    assert numba.njit(found["add_one"])(1) == 2
