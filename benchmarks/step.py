@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -37,10 +38,14 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: floa
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 
 
+def _pytorch_muon(params: Any, *, dtype: torch.dtype, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon(params, **options)
+
+
 # What each short cut is called, and what stands in for it when it is off.
 SHORT_CUTS = {
     "loss in chunks": lambda: patch.object(model_module, "cross_entropy", plain_loss),
-    "Muon in float32": lambda: patch.object(optim, "Muon", torch.optim.Muon),
+    "Muon in float32": lambda: patch.object(optim, "Muon", _pytorch_muon),
     "fused RMSNorm, relu²": lambda: patch.object(elementwise, "fuses", lambda x: False),
     "fused layer": lambda: patch.object(deformer, "mixes", lambda values: False),
 }

@@ -71,7 +71,7 @@ def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> 
     loss = torch.compile(_plain(model)) if options.compile else _plain(model)
     step = Step(
         model,
-        Optimizers(model, OptimConfig()),
+        Optimizers(model, OptimConfig(), precision=options.dtype),
         loss,
         precision=options.dtype,
         clip=OptimConfig().clip,

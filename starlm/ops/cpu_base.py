@@ -25,7 +25,6 @@ SERIAL_ELEMENTS = 1 << 15
 ALONE = 20
 
 
-
 def _stamp() -> str:
     """Of the code of all kernels."""
     digest, folder = hashlib.sha256(), Path(__file__).parent

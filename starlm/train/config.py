@@ -8,6 +8,8 @@ from typing import Literal
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 
+Precision = Literal["float32", "bfloat16"]
+
 # The best rate of the matrices in runs of up to so many steps, and how it falls beyond: docs/evidence.md.
 _SHORT_LR, _SHORT_STEPS, _POWER = 0.02, 300, 0.32
 
@@ -104,8 +106,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 only saves at the end."""
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the matrix products; auto takes bfloat16 where the hardware has it."""
+    precision: Literal["auto", Precision] = "auto"
+    """Arithmetic of the matrix products; auto takes bfloat16 where it is clearly faster, and stays so."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cuda_graph: bool = True

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from starlm.data.loader import Batch, PackedLoader
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
-from starlm.device import has_bfloat16, pick_device
+from starlm.device import pick_device
 from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.files import only_writer
@@ -92,13 +92,10 @@ class _Session:
                 f"steps. Give a horizon of {self.start} steps or more, or another --out for a new run."
             )
         self.device = pick_device(config.device)
-        auto = config.precision == "auto" and has_bfloat16(self.device)
-        self.precision: Literal["bfloat16", "float32"] = (
-            "bfloat16" if auto or config.precision == "bfloat16" else "float32"
-        )
+        self.precision = run.precision
         torch.manual_seed(config.seed)
         self.model = build(config.model).to(self.device)
-        self.optimizers = Optimizers(self.model, config.optim)
+        self.optimizers = Optimizers(self.model, config.optim, precision=self.precision)
         self.step = Step(
             self.model,
             self.optimizers,
@@ -138,26 +135,24 @@ class _Session:
         with closing(loader.batches(self.start)) as batches, _stop_signal() as stopped:
             while self.done < horizon:
                 self._step(next(batches))
-                if self.done == horizon:
-                    break
-                if self._is_due(config.eval_every):
+                # At the end, what only looks at the model comes behind the checkpoint: an interruption there
+                # costs nothing.
+                if self.done < horizon and self._is_due(config.eval_every):
                     self._validate()
-                if self._is_due(config.sample_every):
+                if self.done < horizon and self._is_due(config.sample_every):
                     self._sample()
-                # Looked at once: who is told to stop must find a checkpoint.
-                stop = stopped()
-                if stop or self._is_due(config.save_every):
+                save = stopped() or self.done == horizon or self._is_due(config.save_every)
+                if save:
                     self._save()
-                if stop:
+                # Who is told to stop must find a checkpoint.
+                if save and stopped():
                     raise Interrupted(
                         f"Stopped at step {self.done} of {horizon}; saved. Run it again to go on."
                     )
-        # The last checkpoint before what only looks at the model: an interruption there costs nothing.
-        path = self._save() if self.start < horizon else self.run.checkpoint(horizon)
         result = self._validate()
         self._sample()
         # Here `tokens` are those of training.
-        result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(path)}
+        result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(self.run.checkpoint(horizon))}
         return self._emit("end", seconds=self.seconds, **result)
 
     def _is_due(self, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""Muon (kellerjordan.github.io/posts/muon) in the precision that the hardware is fast in."""
+"""Muon (kellerjordan.github.io/posts/muon) in the precision of one's choice."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,16 +8,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from starlm.device import has_bfloat16
-
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, its options, state and update rule, but for how matrices are orthogonalised.
 
     PyTorch iterates in bfloat16 everywhere. Many CPUs are slower so, and the result is a thousand times as
-    far from the exact one: on them we iterate in float32. On a CPU matrix by matrix, which stay in the cache;
-    on a GPU all matrices of a shape in one batch, and a group's rate and momentum may be tensors.
+    far from the exact one. On a CPU we iterate matrix by matrix, which stay in the cache; on a GPU all
+    matrices of a shape in one batch, and a group's rate and momentum may be tensors.
     """
+
+    def __init__(self, params: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        """Args:
+        params: matrices, or groups of them.
+        dtype: in which matrices are orthogonalised, float32 or bfloat16.
+        options: those of `torch.optim.Muon`.
+        """
+        super().__init__(params, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -46,18 +53,17 @@ class Muon(torch.optim.Muon):
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
             updates.append(parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
         rows, columns = parameters[0].shape
-        device = parameters[0].device
-        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
         options = group["ns_coefficients"], group["ns_steps"], group["eps"]
         scale = -rate * max(1.0, rows / columns) ** 0.5
         if group["weight_decay"]:
             for parameter in parameters:
                 parameter.mul_(1 - rate * group["weight_decay"])
-        if device.type == "cpu":
+        if parameters[0].device.type == "cpu":
             for parameter, update in zip(parameters, updates, strict=True):
-                parameter.add_(orthogonalise(update.to(dtype), *options), alpha=scale)
+                parameter.add_(orthogonalise(update.to(self.dtype), *options), alpha=scale)
         else:
-            stack = torch.vmap(lambda update: orthogonalise(update, *options))(torch.stack(updates).to(dtype))
+            stack = torch.stack(updates).to(self.dtype)
+            stack = torch.vmap(lambda update: orthogonalise(update, *options))(stack)
             # The rate may be a tensor: no `alpha`.
             updates = list(stack.to(parameters[0].dtype) * scale)
             torch._foreach_add_(parameters, updates)  # pyright: ignore[reportPrivateImportUsage]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
-from starlm.train.config import OptimConfig
+from starlm.train.config import OptimConfig, Precision
 from starlm.train.muon import Muon
 
 MOMENTUM_START, MOMENTUM_STEPS = 0.85, 300
@@ -38,7 +38,8 @@ class Optimizers:
     and replayed (`starlm.train.step`).
     """
 
-    def __init__(self, model: StarLM, config: OptimConfig) -> None:
+    def __init__(self, model: StarLM, config: OptimConfig, *, precision: Precision = "float32") -> None:
+        """Args: precision: of Muon's products, as of those in training."""
         self.config = config
         on_gpu = model.head.weight.is_cuda
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -66,6 +67,7 @@ class Optimizers:
             [group for group in muon if group["params"]],
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
         )
         for optimizer in (self.adam, self.muon):
             for group in optimizer.param_groups:

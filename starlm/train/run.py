@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starlm.data.tokenizer import Tokenizer
+from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError
 from starlm.files import readable_os_errors, sync, whole_folder, write_whole
 from starlm.model.checkpoint import (
@@ -26,7 +27,7 @@ from starlm.model.checkpoint import (
 )
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
-from starlm.train.config import TrainConfig
+from starlm.train.config import Precision, TrainConfig
 from starlm.train.optim import Optimizers
 
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
@@ -43,8 +44,17 @@ class Run:
         """Args: config: of the session that begins. If the folder holds a run, it must be the same one."""
         self.config, self.folder = config, config.out
         self._check_same()
+        # Found out once: another machine, or another measurement, must not change a run's arithmetic.
+        self.precision: Precision
+        if self.config.precision == "auto":
+            fast = has_bfloat16(pick_device(config.device))
+            self.precision = "bfloat16" if fast else "float32"
+            self.config = replace(self.config, precision=self.precision)
+        else:
+            self.precision = self.config.precision
 
     def _check_same(self) -> None:
+        """Refuse a folder that holds another run; auto becomes the precision of the same one."""
         path = self.folder / "run.toml"
         if not path.is_file():
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
@@ -52,10 +62,12 @@ class Run:
                     f"{self.folder} is not empty and holds no run (no run.toml). Choose another --out."
                 )
             return
-        old = to_dict(replace(read_config(self.folder), out=self.config.out))
+        old = replace(read_config(self.folder), out=self.config.out)
+        if self.config.precision == "auto":
+            self.config = replace(self.config, precision=old.precision)
         changed = [
             f"{name} was {a!r}, is {b!r}"
-            for name, a, b in _differences(old, to_dict(self.config))
+            for name, a, b in _differences(to_dict(old), to_dict(self.config))
             if name not in FREE
         ]
         if changed:
@@ -65,13 +77,15 @@ class Run:
             )
 
     def begin(self, tokenizer: Tokenizer, step: int) -> None:
-        """Write settings and tokenizer; drop what a killed session left of steps after `step`."""
+        """Write settings and tokenizer; drop the records of what is done again, or was after `step`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         # The settings first: a folder without them is not taken for a run.
         write_whole(self.folder / "run.toml", to_toml(self.config).encode())
         tokenizer.save(self.folder / "tokenizer.json")
-        kept = [r for r in self.records() if r.get("step", 0) <= step and r["kind"] != "end"]
+        again = {"plan", "end"} | ({"validation", "sample"} if step == self.config.num_steps else set())
+        records = ((record, record.get("step", 0)) for record in self.records())
+        kept = [r for r, at in records if at < step or (at == step and r["kind"] not in again)]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_whole(self.folder / "metrics.jsonl", lines.encode())
 

@@ -1,7 +1,7 @@
 """One training step: loss, gradients, clipping, update. On a GPU recorded once, then replayed."""
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from starlm.data.loader import Batch
 from starlm.errors import StarLMError
 from starlm.model.model import StarLM
+from starlm.train.config import Precision
 
 # Steps that run as they are before one is recorded: what is made at first use, such as the optimizers' state
 # and compiled kernels, must be there by then.
@@ -36,7 +37,7 @@ class Step:
         optimizers: Updates,
         loss: Callable[..., Tensor],
         *,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
         clip: float = 0.0,
         parts: int = 1,
         graph: bool = True,

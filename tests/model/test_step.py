@@ -222,7 +222,7 @@ def test_weights_that_change(device):
     decode()
 
 
-@pytest.mark.parametrize("kind, setting", [("star", "max_shift"), ("window", "window")])
+@pytest.mark.parametrize(("kind", "setting"), [("star", "max_shift"), ("window", "window")])
 def test_settings_that_change(device, stepper, kind, setting):
     """After the first step, in which they are written down."""
     if kind == "window" and stepper != "program":

@@ -19,8 +19,9 @@ from starlm.generate.text import load
 from starlm.model.model import StarLM
 from starlm.nn.mlp import MLP
 from starlm.train import loop
+from starlm.train import run as run_module
 from starlm.train.loop import Interrupted, train
-from starlm.train.run import Run
+from starlm.train.run import Run, read_config
 
 
 def records_of(run):
@@ -242,6 +243,16 @@ def test_other_settings_are_refused(config, change, part):
     assert {path: path.read_bytes() for path in config().out.rglob("*.*")} == before
 
 
+def test_what_auto_has_chosen_stays(config, monkeypatch):
+    """On another machine, or where a measurement comes out otherwise."""
+    for fast in (True, False):
+        monkeypatch.setattr(run_module, "has_bfloat16", lambda device, fast=fast: fast)
+        train(config(steps=4 if fast else 8, precision="auto"))
+        assert read_config(config().out).precision == "bfloat16"
+    plans = [record for record in Run(config(precision="auto")).records() if record["kind"] == "plan"]
+    assert [(plan["start_step"], plan["precision"]) for plan in plans] == [(0, "bfloat16"), (4, "bfloat16")]
+
+
 def test_other_data_is_refused(config, data, tmp_path):
     train(config(steps=2))
     prepare([data.parent / "text" / f"{n}.py" for n in range(4)], tmp_path / "d", tokenizer=data)
@@ -304,6 +315,37 @@ def test_a_signal_ends_the_run_behind_a_whole_step(config, tmp_path, number):
     assert losses_of(settings.out) == losses_of(straight.out)
     one, other = weights_of(settings.out, 8), weights_of(straight.out, 8)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["step", "checkpoint"])
+def test_a_signal_in_the_last_step_or_checkpoint_costs_nothing(config, kind):
+    """And ends the run before its last evaluation."""
+
+    def stop(record):
+        if record["kind"] == kind and record["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = config(save_every=0)
+    with pytest.raises(Interrupted, match="Stopped at step 8 of 8; saved"):
+        train(settings, on_record=stop)
+    assert Run(settings).last_step() == 8
+    assert train(settings)["bits_per_byte"] > 0
+    assert list(losses_of(settings.out)) == list(range(1, 9))
+
+
+def test_a_run_that_is_over_has_the_same_records_however_often_it_is_run(config):
+    def kinds():
+        return [(record["kind"], record["step"]) for record in Run(settings).records()]
+
+    settings = config(sample_prompts=("def ",), eval_every=4)
+    train(settings)
+    once = kinds()
+    assert once.count(("validation", 8)) == once.count(("sample", 8)) == once.count(("plan", 0)) == 1
+    train(settings)
+    again = kinds()
+    assert sorted(again) == sorted([*once, ("plan", 8)])
+    train(settings)
+    assert kinds() == again
 
 
 def test_a_signal_at_any_moment_ends_the_run_only_with_a_checkpoint(config, monkeypatch):
