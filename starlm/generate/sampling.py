@@ -13,6 +13,9 @@ from torch import Tensor
 from starlm.errors import InputError, StarLMError
 from starlm.ops.plain import is_plain
 
+# Logits are fp32.
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -43,15 +46,18 @@ class Sampling:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
         require(0 <= self.temperature < float("inf"), "0 or more", "temperature")
-        require(self.top_k >= 0, "0 (off) or more", "top_k")
+        require(0 <= self.top_k < 2**63, "0 (off) or more, an integer of 64 bits", "top_k")
         require(0 < self.top_p <= 1, "above 0 and at most 1", "top_p")
         require(0 <= self.min_p <= 1, "between 0 and 1", "min_p")
         require(0 < self.repetition_penalty < float("inf"), "above 0", "repetition_penalty")
         for name in ("presence_penalty", "frequency_penalty"):
-            require(math.isfinite(getattr(self, name)), "a finite number", name)
+            require(abs(getattr(self, name)) <= _LARGEST, "a number of 32 bits", name)
         require(
-            all(token >= 0 and bias < float("inf") for token, bias in self.logit_bias.items()),
-            "finite numbers (or -inf) by token id",
+            all(
+                token >= 0 and (bias == -math.inf or abs(bias) <= _LARGEST)
+                for token, bias in self.logit_bias.items()
+            ),
+            "numbers of 32 bits (or -inf) by token id",
             "logit_bias",
         )
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits", "seed")

@@ -231,7 +231,8 @@ class Deformer(nn.Module):
         if missing:
             raise InputError(
                 f"This Deformer has anchored heads ({', '.join(self.kinds)}), so it needs origins for "
-                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors."
+                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors, and for n = 0, "
+                f"the longest match, with starlm.ops.longest from those."
             )
 
     def _read(

@@ -303,13 +303,13 @@ def test_seed():
     ("field", "values"),
     [
         ("temperature", (-0.1, math.inf, math.nan)),
-        ("top_k", (-1,)),
+        ("top_k", (-1, 2**63)),
         ("top_p", (0.0, 1.1, math.nan)),
         ("min_p", (-0.1, 1.1, math.nan)),
         ("repetition_penalty", (0.0, -1.0, math.inf, math.nan)),
-        ("presence_penalty", (math.inf, math.nan)),
+        ("presence_penalty", (math.inf, math.nan, 1e39)),
         ("frequency_penalty", (-math.inf, math.nan)),
-        ("logit_bias", ({-1: 1.0}, {1: math.nan}, {1: math.inf})),
+        ("logit_bias", ({-1: 1.0}, {1: math.nan}, {1: math.inf}, {1: 1e39}, {1: -1e39})),
         ("seed", (2**64, -(2**63) - 1)),
     ],
 )

@@ -117,6 +117,8 @@ def test_anchored_heads_ask_for_origins():
     layer, x, tokens = make()
     with pytest.raises(InputError, match=r"needs origins for n = \[1, 2, 3\].*starlm.anchors"):
         layer(x)
+    with pytest.raises(InputError, match=r"n = \[0\].*for n = 0.*starlm.ops.longest"):
+        Deformer(16, 2, kinds=("now", "longest"))(x[..., :16], origins=origins(tokens))
     with pytest.raises(InputError, match=r"n = \[3\]"):
         layer(x, origins=origins(tokens, orders=(1, 2)))
     plain, x, _ = make("gated", kinds=("now", "box"))
