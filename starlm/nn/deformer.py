@@ -17,6 +17,7 @@ from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, Reserved
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
+from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
 from starlm.ops.deform import HAS_TRITON
 from starlm.ops.mix import mix, mixes
 from starlm.ops.plain import is_plain
@@ -24,9 +25,6 @@ from starlm.ops.reference import rows_read
 
 if TYPE_CHECKING:
     from starlm.ops.cpu_program import Code, Row
-
-# A mean of n unit rows has size n^-1/2; it is scaled back up to this n.
-BOX_SCALE = 16
 
 
 def step_kernel(device: torch.device) -> Any:
@@ -353,8 +351,7 @@ class Deformer(nn.Module):
             and the first that the first of the new tokens may read.
         """
         places = np.zeros((3, 3, len(state.slots)), np.int64)
-        # In the order of the kernels' kinds.
-        for kind, name in enumerate(("now", "anchored", "box")):
+        for kind, name in ((NOW, "now"), (ANCHORED, "anchored"), (BOX, "box")):
             if name in self.spans:
                 keep, sums = None if name == "anchored" else self.max_shift, name == "box"
                 span, dtype = self.spans[name], torch.float64 if sums else like.dtype

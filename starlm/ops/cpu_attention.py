@@ -3,9 +3,9 @@
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
+from starlm.ops.constants import EPS
 from starlm.ops.cpu_base import pointer, store, widen
 from starlm.ops.cpu_math import ONE, ZERO, exp, f32, jit
-from starlm.ops.cpu_mix import EPS
 
 
 @jit
@@ -14,7 +14,7 @@ def _turned(x, turn, scale, out):
     total = ZERO
     for c in range(x.size):
         total += x[c] * x[c]
-    scale = scale / np.sqrt(total / f32(x.size) + EPS)
+    scale = scale / np.sqrt(total / f32(x.size) + f32(EPS))
     half = turn.shape[1]
     for c in range(half):
         a, b = x[c] * scale, x[c + half] * scale

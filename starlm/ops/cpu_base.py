@@ -28,7 +28,7 @@ ALONE = 20
 def _stamp() -> str:
     """Of the code of all kernels."""
     digest, folder = hashlib.sha256(), Path(__file__).parent
-    for path in sorted([*folder.glob("cpu*.py"), folder / "ngrams.py"]):
+    for path in sorted([*folder.glob("cpu*.py"), folder / "ngrams.py", folder / "constants.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -9,16 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, EPS, NOW
 from starlm.ops.cpu import locate, rows_of
 from starlm.ops.cpu_base import index, spread, store, widen
 from starlm.ops.cpu_math import HALF, ONE, ZERO, exp, f32, i32, jit, sigmoid, softplus
 
-# Kinds of heads, as the kernels know them.
-NOW, ANCHORED, BOX = 0, 1, 2
 # Elements of a slab, if a unit has more than one head: long loops are fast ones, but only in the cache.
 SLAB = 1 << 16
-# RMSNorm's epsilon, and how far a box head's mean is scaled up: see `starlm.ops.mix`.
-EPS, BOX_SCALE = f32(1e-6), 16.0
 
 
 @jit
@@ -35,7 +32,7 @@ def _normalise(values, left, channels, slab, scale):
                 x = f32(widen(row[c]))
                 out[c] = x
                 total += x * x
-            scale[t, h] = ONE / np.sqrt(total / f32(channels) + EPS)
+            scale[t, h] = ONE / np.sqrt(total / f32(channels) + f32(EPS))
             for c in range(channels):
                 out[c] *= scale[t, h]
 

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
+from starlm.ops.constants import EPS
 from starlm.ops.cpu_attention import attend
 from starlm.ops.cpu_base import array, index, pointer, store, together, widen
 from starlm.ops.cpu_math import ONE, f32, jit
-from starlm.ops.cpu_mix import EPS
 from starlm.ops.cpu_product import ADD, CAP, STORE, product, rms_scales
 from starlm.ops.cpu_step import append_row, read_row
 from starlm.ops.cpu_tickets import await_done, begin, finish, new_counts, now, take
@@ -84,7 +84,7 @@ def _attend(it, floats, batch, like, streams, turns, part):
 def _normalise(x, out):
     """out = RMSNorm of x, which it may be."""
     scales = np.empty(x.shape[0], np.float32)
-    rms_scales(x, EPS, scales)
+    rms_scales(x, f32(EPS), scales)
     for b in range(x.shape[0]):
         for c in range(x.shape[1]):
             store(out[b], c, x[b, c] * scales[b])
@@ -125,7 +125,7 @@ def _work(counts, code, floats, batch, like, ids, streams, origin, turns, leads)
             if scaled != number:
                 scaled = number
                 if it.normalise:
-                    rms_scales(_rows(floats, batch, it.source, it.width), EPS, scales)
+                    rms_scales(_rows(floats, batch, it.source, it.width), f32(EPS), scales)
                 else:
                     for b in range(batch):
                         scales[b] = ONE

@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
+from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, EPS
 from starlm.ops.cpu_base import array, index, pointer, spread, store, widen
 from starlm.ops.cpu_math import ONE, ZERO, f32, jit, sigmoid
-from starlm.ops.cpu_mix import ANCHORED, BOX, BOX_SCALE, EPS, mean_of, place, reach
+from starlm.ops.cpu_mix import mean_of, place, reach
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -27,7 +28,7 @@ def _normalise(values, channels, row):
         for c in range(begin, begin + channels):
             x = f32(widen(values[c]))
             total += x * x
-        scale = ONE / np.sqrt(total / f32(channels) + EPS)
+        scale = ONE / np.sqrt(total / f32(channels) + f32(EPS))
         for c in range(begin, begin + channels):
             store(row, c, f32(widen(values[c])) * scale)
 

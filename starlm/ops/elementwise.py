@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from starlm.ops.constants import EPS
 from starlm.ops.deform import HAS_TRITON
 from starlm.ops.plain import is_plain
 
-EPS = 1e-6
 KERNELS = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16) if HAS_TRITON else (),

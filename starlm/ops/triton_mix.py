@@ -28,9 +28,9 @@ import triton
 from torch import Tensor
 
 from starlm.ops import triton_mix_kernels as kernels
+from starlm.ops.constants import ANCHORED, BOX, NOW
 from starlm.ops.triton import _check, _each, _indices, _lanes, _scatter_each, _wide
 
-NOW, ANCHORED, BOX = kernels.NOW.value, kernels.ANCHORED.value, kernels.BOX.value
 # Of a program that reads, and of one that scatters, as in `starlm.ops.triton`.
 TIME, LANES, WARPS, EACH = 16, 32, 4, 4
 SPAN, SCATTER_EACH = 16, 2

@@ -7,6 +7,7 @@ gradients are added; what needs whole heads or neighbouring rows works on tiles.
 import triton
 import triton.language as tl
 
+from starlm.ops import constants
 from starlm.ops.triton import (
     _add,
     _bounds,
@@ -20,10 +21,8 @@ from starlm.ops.triton import (
     _store,
 )
 
-# Kinds of heads, as the kernels know them.
-NOW, ANCHORED, BOX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# RMSNorm's epsilon, and how far a box head's mean is scaled up: see `starlm.ops.mix`.
-EPS, BOX_SCALE = tl.constexpr(1e-6), tl.constexpr(16.0)
+NOW, ANCHORED, BOX = map(tl.constexpr, (constants.NOW, constants.ANCHORED, constants.BOX))
+EPS, BOX_SCALE = tl.constexpr(constants.EPS), tl.constexpr(float(constants.BOX_SCALE))
 
 
 @triton.jit

@@ -13,11 +13,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from starlm.ops import constants
 from starlm.ops.triton import _locate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# RMSNorm's epsilon, and how far a box head's mean is scaled up: see `starlm.ops.mix`.
-EPS, BOX_SCALE = tl.constexpr(1e-6), tl.constexpr(16.0)
+NOW, ANCHORED, BOX = map(tl.constexpr, (constants.NOW, constants.ANCHORED, constants.BOX))
+EPS, BOX_SCALE = tl.constexpr(constants.EPS), tl.constexpr(float(constants.BOX_SCALE))
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _step(
 
     anchored = heads - near - boxes
     is_near, is_box = head < near, head >= near + anchored
-    kind = tl.where(is_near, 0, tl.where(is_box, 2, 1))
+    kind = tl.where(is_near, NOW, tl.where(is_box, BOX, ANCHORED))
     place = streams + kind * 3 * batch + slot
     address, past, first = tl.load(place), tl.load(place + batch).to(tl.int32), tl.load(place + 2 * batch)
     if is_box:

@@ -5,10 +5,11 @@ import torch
 from relations import assert_close, randomise
 
 from starlm.nn import deformer as module
-from starlm.nn.deformer import BOX_SCALE, Deformer
+from starlm.nn.deformer import Deformer
 from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, Streams
 from starlm.ops import anchors, longest
+from starlm.ops.constants import BOX_SCALE
 
 B, T, D, H = 2, 23, 16, 8
 KINDS = ("now", "token", "box", "bigram", "longest", "now", "box", "token")
