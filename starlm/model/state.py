@@ -210,10 +210,11 @@ class DecodeState:
     ) -> Int[np.ndarray, "L S 3 3 B"] | None:
         """Room for one more token in every slot, in all layers at once: what `Deformer.reserve` says of each.
 
-        None if a slot holds rows of another dtype, device or shape.
+        Zeros for streams that a layer has fewer than another. None if a slot holds rows of another dtype,
+        device or shape.
 
         Args:
-            mixers: of the model's layers, with equally many streams each.
+            mixers: of the model's layers.
             like: in the dtype and on the device of the rows.
             layout: `row_layout` of the mixers and `like`.
             starts: for each slot the first row that its token may read.
