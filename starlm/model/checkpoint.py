@@ -4,8 +4,8 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja
 
 `manifest.json` has the size and SHA-256 of every other file. `modeling_starlm.py` lets transformers load
-the folder by `trust_remote_code=True`. A run folder keeps its checkpoints as `checkpoints/step-000300`; its
-last one stands for the run.
+the folder by `trust_remote_code=True`. A run folder keeps its checkpoints as `checkpoints/step-000300`, with
+two files more (`TRAINING`), which the model can do without; its last one stands for the run.
 """
 
 import json
@@ -33,6 +33,8 @@ _HF_KEYS = {
     "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
+# What only training that goes on reads; who shares a model leaves it out.
+TRAINING = ("optimizer.safetensors", "trainer.json")
 # What transformers finds by trust_remote_code: names in a file of the folder.
 AUTO_MAP = {
     "AutoConfig": "modeling_starlm.StarLMHFConfig",
@@ -155,8 +157,11 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its manifest, if it has one.
+def verify(folder: Path, *, training: bool = False) -> None:
+    """Check the files of a checkpoint against its manifest, if it has one.
+
+    Args:
+        training: also those that only training reads.
 
     Raises:
         InputError: a file is missing, truncated or changed.
@@ -172,6 +177,8 @@ def verify(folder: Path) -> None:
     except (AttributeError, KeyError, TypeError):
         raise _unusable(folder, f"{MANIFEST} is damaged: it does not list the files") from None
     for name, size, digest in entries:
+        if name in TRAINING and not training:
+            continue
         file = folder / name
         if not file.is_file():
             raise _unusable(folder, f"{name} is missing")
