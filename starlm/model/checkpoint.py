@@ -10,6 +10,7 @@ two files more (`TRAINING`), which the model can do without; its last one stands
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # The library makes a file for its owner alone; one of ours has what the umask gives to all others too.
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         # The library reports a full disk as text; the caller wants the OSError that it was.
         code = re.search(r"os error (\d+)", str(error))

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -63,6 +65,16 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     one, two = (write(make_model("mixed"), tmp_path / name) for name in "ab")
     for file in (*FILES, "manifest.json"):
         assert (one / file).read_bytes() == (two / file).read_bytes()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_all_files_have_the_same_permissions(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = write(make_model("gated"), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_hugging_face_layout(tmp_path):
