@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import subprocess
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -174,9 +175,13 @@ USERS = [
 ]
 
 
-@pytest.mark.parametrize("argv", USERS, ids=" ".join)
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors"]
+    ("argv", "name"),
+    [
+        *product(USERS, ["model.safetensors", "config.json", "tokenizer.json"]),
+        (USERS[-1], "optimizer.safetensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )
 @pytest.mark.parametrize("damage", ["truncated", "corrupt", "missing"])
 def test_damaged_checkpoints(home, refused, argv, name, damage):

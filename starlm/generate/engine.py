@@ -161,20 +161,35 @@ class Engine:
             InputError: the request can never be answered.
             StarLMError: the engine is closed.
         """
-        answers = self._checked(request, on_piece)
-        stream = answers[0].stream
+        return self.submit_all([(request, on_piece)])[0]
+
+    def submit_all(
+        self, requests: Sequence[tuple[Request, Callable[[Piece], object] | None]]
+    ) -> list[Stream]:
+        """All of these requests or none; each with its `on_piece`, and errors as of `submit`."""
+        if len(requests) > self._queue:
+            raise InputError(
+                f"{len(requests)} prompts at once are more than the {self._queue} that may wait. Send fewer "
+                f"at a time."
+            )
+        checked = [self._checked(request, on_piece) for request, on_piece in requests]
+        prompts = [_Prompt(answers[0].stream, answers) for answers in checked]
         with self._changed:
             if self._closed:
                 raise StarLMError("The engine is closed. Make a new one.")
-            if request.max_tokens == 0:
-                self._end(stream, "length")
-                return stream
-            if len(self._waiting) >= self._queue:
-                raise QueueFull(f"{self._queue} requests are waiting already. Try again later.")
-            self._waiting.append(_Prompt(stream, answers))
-            self._totals["prompt_tokens"] += stream.prompt_tokens
+            if len(self._waiting) + len(prompts) > self._queue:
+                raise QueueFull(
+                    f"{len(self._waiting)} requests are waiting already, of {self._queue} that may. Try "
+                    f"again later."
+                )
+            for prompt in prompts:
+                if prompt.stream.request.max_tokens == 0:
+                    self._end(prompt.stream, "length")
+                else:
+                    self._waiting.append(prompt)
+                    self._totals["prompt_tokens"] += prompt.stream.prompt_tokens
             self._changed.notify_all()
-        return stream
+        return [prompt.stream for prompt in prompts]
 
     def cancel(self, stream: Stream) -> None:
         """Finish a stream as "cancelled"; its slots are free at once."""

@@ -4,12 +4,13 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja
 
 `manifest.json` has the size and SHA-256 of every other file. `modeling_starlm.py` lets transformers load
-the folder by `trust_remote_code=True`. A run folder keeps its checkpoints as `checkpoints/step-000300`; its
-last one stands for the run.
+the folder by `trust_remote_code=True`. A run folder keeps its checkpoints as `checkpoints/step-000300`, with
+two files more (`TRAINING`), which the model can do without; its last one stands for the run.
 """
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _HF_KEYS = {
     "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
+# What only training that goes on reads; who shares a model leaves it out.
+TRAINING = ("optimizer.safetensors", "trainer.json")
 # What transformers finds by trust_remote_code: names in a file of the folder.
 AUTO_MAP = {
     "AutoConfig": "modeling_starlm.StarLMHFConfig",
@@ -104,8 +107,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # The library makes a file for its owner alone; one of ours has what the umask gives to all others too.
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         # The library reports a full disk as text; the caller wants the OSError that it was.
         code = re.search(r"os error (\d+)", str(error))
@@ -155,8 +162,11 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its manifest, if it has one.
+def verify(folder: Path, *, training: bool = False) -> None:
+    """Check the files of a checkpoint against its manifest, if it has one.
+
+    Args:
+        training: also those that only training reads.
 
     Raises:
         InputError: a file is missing, truncated or changed.
@@ -172,6 +182,8 @@ def verify(folder: Path) -> None:
     except (AttributeError, KeyError, TypeError):
         raise _unusable(folder, f"{MANIFEST} is damaged: it does not list the files") from None
     for name, size, digest in entries:
+        if name in TRAINING and not training:
+            continue
         file = folder / name
         if not file.is_file():
             raise _unusable(folder, f"{name} is missing")

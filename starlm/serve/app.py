@@ -1,6 +1,7 @@
 """The routes."""
 
 import asyncio
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -213,20 +214,40 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 def _explain(errors: Any) -> APIError:
     """What pydantic found, as one sentence about the first field that is wrong."""
-    first = errors[0]
-    named = first.get("ctx", {}).get("param")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    # A field that is not known says more than that other alternatives of a union do not fit either.
+    first = next((error for error in errors if error["type"] in ("unsupported", "unknown")), errors[0])
     if first["type"] == "json_invalid":
-        return bad_request(f"The body is not JSON: {first['ctx']['error']} at character {path[0]}.")
-    if not path and named is None:
-        return bad_request(f"The body must be a JSON object, sent as application/json. {first['msg']}.")
+        return bad_request(f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}.")
+    param = _place(first)
     if first["type"] == "unsupported":
         return bad_request(
-            f"{named} is not supported by this server. Leave it out.", named, code="unsupported_parameter"
+            f"{param} is not supported by this server. Leave it out.", param, code="unsupported_parameter"
         )
     if first["type"] == "unknown":
-        return bad_request(f"There is no field {named!r}. See /docs.", named)
-    param = named or path[0]
+        name = first["ctx"]["param"]
+        within = param.removesuffix(name).removesuffix(".")
+        return bad_request(f"There is no field {name!r}{within and f' in {within}'}. See /docs.", param)
+    if not param:
+        return bad_request(f"The body must be a JSON object, sent as application/json. {first['msg']}.")
     # The alternatives of a union are errors of their own.
-    rules = {e["msg"] for e in errors if param in (e.get("ctx", {}).get("param"), *map(str, e["loc"][1:2]))}
-    return bad_request(f"{param}: {'; or '.join(sorted(rules))}.", param)
+    found = [(_place(error), error["msg"]) for error in errors]
+    rules = [rule if place == param else f"{place}: {rule}" for place, rule in found if _within(place, param)]
+    return bad_request(f"{param}: {'; or '.join(dict.fromkeys(rules))}.", param)
+
+
+def _place(error: Any) -> str:
+    """Where something is wrong, as one writes it: messages[0].content."""
+    place = ""
+    for part in error["loc"][1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        # The others say which alternative of a union it is.
+        elif part != "str" and re.fullmatch("[a-z_]{1,100}", part):
+            place += f".{part}"
+    if "param" in error.get("ctx", {}):
+        place += f".{error['ctx']['param']}"
+    return place.removeprefix(".")
+
+
+def _within(place: str, field: str) -> bool:
+    return place == field or place.startswith((f"{field}.", f"{field}["))

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import tyro
@@ -10,7 +11,7 @@ import tyro
 from starlm.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_NAME = re.compile(r"[\w.:-]+")
+_NAME = re.compile(r"[\w.:=-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +86,17 @@ class ServeOptions:
         """
         found: dict[str, Path] = {}
         for word in self.model or ("runs/demo",):
-            name, _, folder = word.rpartition("=")
-            name = name or Path(folder).resolve().name
+            name, equals, folder = word.partition("=")
+            # Folders may have the sign in their names, too.
+            if not equals or "/" in name or Path(word).exists():
+                name, folder = Path(word).resolve().name, word
+            cure = f"--model {quote(f'NAME={folder}')}"
             if not _NAME.fullmatch(name):
                 raise InputError(
-                    f"model must be RUN or NAME=RUN with a name of letters, digits, '.', ':', '_' and '-'; "
-                    f"got {word!r}."
+                    f"A model's name has letters, digits, '.', ':', '=', '_' and '-'; got {name!r}. Write "
+                    f"NAME=RUN: {cure}."
                 )
             if name in found:
-                raise InputError(f"Two models are called {name!r}. Name them: --model NAME={folder}.")
+                raise InputError(f"Two models are called {name!r}. Name them: {cure}.")
             found[name] = Path(folder)
         return found

@@ -61,12 +61,12 @@ class Generation:
         """Queue all of them, or none; from another thread than the loop's, since a long prompt takes a while.
 
         Raises:
-            APIError: impossible (400), or no room in the queue (429).
+            APIError: impossible (400), no room in the queue (429), or the engine was stopped (503).
         """
         try:
             sampling = self._sampling()
-            for prompt in prompts:
-                request = Request(
+            requests = [
+                Request(
                     tokens=prompt.tokens,
                     max_tokens=self._length(prompt),
                     sampling=sampling,
@@ -75,15 +75,15 @@ class Generation:
                     logprobs=self._logprobs,
                     begin=prompt.begin,
                 )
-                self._streams.append(self._served.engine.submit(request, self._deliver(len(self._streams))))
+                for prompt in prompts
+            ]
+            deliver = [self._deliver(number) for number in range(len(requests))]
+            self._streams = self._served.engine.submit_all(list(zip(requests, deliver, strict=True)))
         except QueueFull as error:
-            self.cancel()
             raise APIError(429, f"{error}", code="queue_full", headers={"Retry-After": "1"}) from None
         except InputError as error:
-            self.cancel()
             raise bad_request(f"{error}") from None
         except StarLMError:
-            self.cancel()
             raise _stopping() from None
 
     def _length(self, prompt: Prompt) -> int:

@@ -89,7 +89,9 @@ class Models:
             chat = Chat(model=text, render=renderer(folder, text.tokenizer, options.conversation))
             engine = Engine(text, slots=options.slots, queue=options.queue, max_context=options.max_context)
             # The first call compiles kernels, which takes seconds: nobody is to wait for it.
-            warming = Request(tokens=[text.tokenizer.bos] * 3, max_tokens=2)
+            room = options.max_context or 5
+            prompt = [text.tokenizer.bos] * min(3, room - 1)
+            warming = Request(tokens=prompt, max_tokens=min(2, room - len(prompt)))
             for _ in engine.start().submit(warming):
                 pass
             with self._lock:

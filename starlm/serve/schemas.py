@@ -5,13 +5,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-# Fields of OpenAI's API that mean something this server cannot do, and the values at which they mean nothing.
+# Fields of OpenAI's requests and messages that mean something this server cannot do, and the values at which
+# they mean nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
+    "image_url": (),
+    "input_audio": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
@@ -20,6 +23,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),
@@ -35,8 +40,7 @@ Text = Annotated[str, Field(min_length=1, max_length=1000)]
 def _few(biases: Any) -> Any:
     # Before they are judged one by one, where the mistakes would add up.
     if isinstance(biases, dict) and len(biases) > _MOST_BIASES:
-        limits = {"param": "logit_bias", "most": _MOST_BIASES}
-        raise PydanticCustomError("value", "at most {most} tokens", limits)
+        raise PydanticCustomError("value", "at most {most} tokens", {"most": _MOST_BIASES})
     return biases
 
 
@@ -130,7 +134,8 @@ class GenerationRequest(Strict):
             if not self.stream:
                 raise PydanticCustomError("value", "is only allowed with stream", {"param": "stream_options"})
             if self.stream_options.include_obfuscation:
-                raise PydanticCustomError("unsupported", "unsupported", {"param": "include_obfuscation"})
+                padding = {"param": "stream_options.include_obfuscation"}
+                raise PydanticCustomError("unsupported", "unsupported", padding)
         return self
 
     @property

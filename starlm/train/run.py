@@ -14,6 +14,7 @@ from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError
 from starlm.files import readable_os_errors, sync, whole_folder, write_whole
 from starlm.model.checkpoint import (
+    TRAINING,
     load_tensors,
     load_weights,
     read_json,
@@ -154,10 +155,17 @@ class Run:
         """Take over weights and optimizer state of the last checkpoint; returns its `extra` and step.
 
         Raises:
-            InputError: it is damaged.
+            InputError: it is damaged, or holds a model alone.
         """
         folder = steps(self.folder)[-1]
-        verify(folder)
+        for name in TRAINING:
+            if not (folder / name).is_file():
+                raise InputError(
+                    f"The checkpoint {folder} cannot be used to go on: {name} is missing, without which it "
+                    f"is a model alone. Copy {name} from where it was trained, delete this folder to go on "
+                    f"from an earlier one, or choose another --out for a new run."
+                )
+        verify(folder, training=True)
         load_weights(model, folder)
         optimizers.load(load_tensors(folder / "optimizer.safetensors"))
         return read_json(folder / "trainer.json")

@@ -269,6 +269,26 @@ def test_a_full_queue():
     assert [len(ids_of(list(stream))) for stream in streams] == [3, 3, 3]
 
 
+def test_several_requests_are_queued_at_once_or_not_at_all():
+    engine = Engine(MODELS["gated"], slots=1, queue=3)
+    request = Request(tokens=prompt(0, 5), max_tokens=3, sampling=GREEDY)
+    heard = []
+    several = [(request, heard.append)] * 2
+    with pytest.raises(InputError, match="4 prompts at once are more than the 3 that may wait"):
+        engine.submit_all(several * 2)
+    bad = Request(tokens=[VOCAB], max_tokens=3)
+    with pytest.raises(InputError, match="tokens must be between"):
+        engine.submit_all([*several, (bad, None)])
+    assert engine.stats().waiting == 0
+    streams = engine.submit_all(several)
+    with pytest.raises(QueueFull, match="2 requests are waiting already, of 3"):
+        engine.submit_all(several)
+    assert (engine.stats().waiting, engine.stats().prompt_tokens) == (2, 2 * len(request.tokens))
+    drained(engine)
+    assert all(stream.done for stream in streams)
+    assert len(ids_of(heard)) == 6
+
+
 def test_cancelling_frees_the_slots_at_once():
     engine = Engine(MODELS["star"], slots=3, prefill_chunk=16, cache_bytes=0)
     long = {"max_tokens": 100, "sampling": Sampling(temperature=0, logit_bias={TOKENIZER.bos: -100})}

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from starlm.errors import InputError
 from starlm.files import whole_folder
 from starlm.model import checkpoint
-from starlm.model.checkpoint import find_checkpoint, load_model, verify, write_manifest, write_model
+from starlm.model.checkpoint import (
+    TRAINING,
+    find_checkpoint,
+    load_model,
+    verify,
+    write_manifest,
+    write_model,
+)
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "modeling_starlm.py")
 
@@ -58,6 +67,16 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
         assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_all_files_have_the_same_permissions(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = write(make_model("gated"), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~umask}
+
+
 def test_hugging_face_layout(tmp_path):
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         folder = write(make_model("mixed", dtype=dtype), tmp_path / name)
@@ -100,6 +119,21 @@ def test_one_changed_bit(folder, file):
     (folder / file).write_bytes(data)
     refused(lambda: load_model(folder), str(folder), file, "does not match its SHA-256", "Copy")
     refused(lambda: verify(folder), file)
+
+
+@pytest.mark.parametrize("file", TRAINING)
+def test_a_model_does_without_the_files_of_training(folder, file):
+    """Nobody reads them to use it, not even to see whether they are whole."""
+    for name in TRAINING:
+        (folder / name).write_bytes(b"state")
+    write_manifest(folder)
+    verify(folder, training=True)
+    (folder / file).write_bytes(b"stale")
+    load_model(folder)
+    refused(lambda: verify(folder, training=True), f"{file} is damaged", "Copy")
+    (folder / file).unlink()
+    load_model(folder)
+    refused(lambda: verify(folder, training=True), f"{file} is missing", "Copy")
 
 
 def test_an_edited_file_says_how_to_keep_the_edit(folder):

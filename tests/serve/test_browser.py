@@ -34,7 +34,7 @@ def new_page(chromium, server):
     """Opens the chat as a new visitor; fails on any error in the page or request to elsewhere."""
     contexts, wrong = [], []
 
-    def open_page(width=1200, height=760, **options):
+    def open_page(width=1200, height=760, at=server, **options):
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -43,14 +43,14 @@ def new_page(chromium, server):
         page.on("console", lambda said: wrong.append(said.text) if "Content Security" in said.text else None)
         page.on(
             "request",
-            lambda r: None if r.url.startswith((server.url, "blob:", "data:")) else wrong.append(r.url),
+            lambda r: None if r.url.startswith((at.url, "blob:", "data:")) else wrong.append(r.url),
         )
         # Random models: short answers, and always the same.
         context.add_init_script(
             "if (!localStorage.getItem('starlm.settings')) localStorage.setItem('starlm.settings', "
             "JSON.stringify({max_tokens: 60, seed: 4, markdown: false}))"
         )
-        page.goto(f"{server.url}/")
+        page.goto(f"{at.url}/")
         expect(page.get_by_label("Model")).to_have_value("tiny")
         return page
 
@@ -306,7 +306,34 @@ def test_settings_reach_the_server(page):
     assert page.evaluate("[settings.system, settings.max_tokens]") == ["Be brief.", 3]
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Back to the defaults").click()
-    expect(page.get_by_label("Longest answer")).to_have_value("512")
+    expect(page.get_by_label("Longest answer")).to_have_value("")
+
+
+def test_what_was_not_changed_is_left_to_the_server(new_page, serve, run):
+    page = new_page(at=serve("--model", run, "--max-context", "300", "--max-tokens", "20").ready())
+    page.get_by_role("button", name="Settings").click()
+    for label in ("Longest answer", "Temperature"):
+        expect(page.get_by_label(label)).to_have_attribute("placeholder", "default")
+        page.get_by_label(label).fill("")
+        page.get_by_label(label).press("Tab")
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "def add")
+    done(page)
+    sent = request.value.post_data_json
+    assert sent.keys() == {"model", "messages", "stream", "stream_options", "seed"}
+    expect(page.locator(".stats")).to_contain_text("20 tokens ·")
+    page.get_by_role("button", name="Back to the defaults").click()
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "again")
+    done(page)
+    assert request.value.post_data_json.keys() - sent.keys() == {"temperature"}
+    assert len(texts(page)) == 4
+    page.get_by_label("Top k").fill("7")
+    page.get_by_label("Top k").press("Tab")
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "and again")
+    done(page)
+    assert request.value.post_data_json["top_k"] == 7
 
 
 def test_dark_and_light(new_page):

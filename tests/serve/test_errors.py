@@ -87,12 +87,6 @@ def test_completions(server, body, status, message):
     [
         ({"messages": []}, "messages: "),
         ({"messages": "hi"}, "messages: "),
-        ({"messages": [{"role": "user"}]}, "messages: Field required"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "messages: "),
-        ({"messages": [{"role": "user", "content": None}]}, "messages: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, ""),
-        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, ""),
-        ({"messages": [{"role": "user", "content": "a", "name": "Bo"}]}, "There is no field 'name'"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"tool_choice": "required"}, "tool_choice is not supported"),
         ({"functions": [{"name": "f"}]}, "functions is not supported"),
@@ -103,13 +97,83 @@ def test_completions(server, body, status, message):
         ({"top_logprobs": 3}, "needs logprobs to be true"),
         ({"logprobs": 3}, "logprobs: "),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation is not"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation is not",
+        ),
     ],
     ids=str,
 )
 def test_chats(server, change, message):
     error = check_error(server.post("/v1/chat/completions", {**CHAT, **change}), 400)
     assert message in error["message"]
+
+
+HI = {"role": "user", "content": "a"}
+NOT = "is not supported by this server. Leave it out."
+
+
+@pytest.mark.parametrize(
+    ("message", "place", "text"),
+    [
+        ({"role": "user"}, "content", ": Field required."),
+        ({"role": "user", "content": None}, "content", ": Field required."),
+        ({"role": "robot", "content": "a"}, "role", ": Input should be 'system', 'developer', 'user' or"),
+        (
+            {"role": "user", "content": 3},
+            "content",
+            ": Input should be a valid string; or Input should be a valid list.",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "content",
+            ": Input should be a valid string; or messages[1].content[0].text: Field required.",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "content[0].image_url",
+            f" {NOT}",
+        ),
+        (
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}],
+            },
+            "content[1].input_audio",
+            f" {NOT}",
+        ),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", f" {NOT}"),
+        ({"role": "tool", "content": "a", "tool_call_id": "1"}, "tool_call_id", f" {NOT}"),
+    ],
+    ids=str,
+)
+def test_messages(server, message, place, text):
+    body = {**CHAT, "messages": [HI, message]}
+    error = check_error(server.post("/v1/chat/completions", body), 400)
+    assert error["param"] == f"messages[1].{place}"
+    assert error["message"].startswith(f"messages[1].{place}{text}")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "within"),
+    [
+        ({"messages": [HI, {**HI, "name": "Bo"}]}, "messages[1].name", " in messages[1]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content[0].x",
+            " in messages[0].content[0]",
+        ),
+        ({"stream": True, "stream_options": {"all": True}}, "stream_options.all", " in stream_options"),
+        ({"": 1}, "", ""),
+        ({".": 1}, ".", ""),
+    ],
+    ids=str,
+)
+def test_fields_that_there_are_not(server, body, param, within):
+    error = check_error(server.post("/v1/chat/completions", {**CHAT, **body}), 400)
+    assert error["param"] == param
+    name = param.removeprefix(f"{within.removeprefix(' in ')}.") if within else param
+    assert error["message"] == f"There is no field {name!r}{within}. See /docs."
 
 
 def test_what_means_nothing_is_let_through(server):
@@ -120,6 +184,8 @@ def test_what_means_nothing_is_let_through(server):
         **{"parallel_tool_calls": True, "service_tier": "auto", "modalities": ["text"], "functions": None},
     }
     assert server.post("/v1/chat/completions", {**CHAT, **harmless}).status == 200
+    answered = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": []}
+    assert server.post("/v1/chat/completions", {**CHAT, "messages": [HI, answered, HI]}).status == 200
     harmless = {"echo": False, "best_of": 1, "suffix": None, "logit_bias": None, "n": None}
     assert server.post("/v1/completions", {**COMPLETION, **harmless}).status == 200
 

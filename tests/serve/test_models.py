@@ -19,3 +19,14 @@ def test_weights_come_in_the_dtype_that_was_asked_for(run, dtype, wanted):
         assert sum(len(piece.tokens) for piece in served.engine.submit(request)) == 3
     finally:
         models.close()
+
+
+@pytest.mark.parametrize("room", [2, 3, 4, 5])
+def test_little_room_is_no_reason_not_to_start(run, room):
+    models = Models(ServeOptions(model=(f"it={run}",), device="cpu", slots=2, max_context=room))
+    try:
+        models.load()
+        request = Request(tokens=[models["it"].tokenizer.bos], max_tokens=room - 1)
+        assert list(models["it"].engine.submit(request))[-1].finish
+    finally:
+        models.close()

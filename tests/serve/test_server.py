@@ -178,9 +178,10 @@ def test_a_full_queue(limited):
             answer = limited.post("/v1/completions", LONG, headers=KEY)
             assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
             assert answer.body["error"]["type"] == "rate_limit_error"
-            # All prompts of a request or none.
+            # This many will never fit.
             many = limited.post("/v1/completions", {**LONG, "prompt": ["a", "b"]}, headers=KEY)
-            assert many.status == 429
+            assert many.status == 400
+            assert "2 prompts at once are more than the 1 that may wait" in many.body["error"]["message"]
             assert running(limited, headers=KEY) == (1, 1)
         # Leaving the queue, without an answer.
         wait_for(lambda: running(limited, headers=KEY) == (1, 0))

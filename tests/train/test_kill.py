@@ -90,7 +90,7 @@ def test_a_run_killed_twenty_times_ends_as_one_left_alone(config, tmp_path):
         unfinished += saving(run)
         # Whatever looks like a checkpoint is one.
         for checkpoint in steps(run):
-            verify(checkpoint)
+            verify(checkpoint, training=True)
             load_model(checkpoint)
     assert unfinished >= 3
     finish(settings["killed"])

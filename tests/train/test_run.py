@@ -9,7 +9,7 @@ import torch
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
-from starlm.model.checkpoint import verify
+from starlm.model.checkpoint import load_model, verify
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml
 from starlm.train.config import TrainConfig
@@ -67,7 +67,7 @@ def test_a_run_folder_holds_all_that_it_needs(parts):
         "tokenizer_config.json",
         "trainer.json",
     ]
-    verify(run.folder / "checkpoints" / "step-000003")
+    verify(run.folder / "checkpoints" / "step-000003", training=True)
 
 
 def test_what_was_saved_comes_back(parts):
@@ -207,9 +207,21 @@ def test_a_damaged_checkpoint_is_not_taken_over(parts, file, damage):
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content[:-1] if damage == "truncated" else content)
-    with pytest.raises(InputError, match=r"step-000003 cannot be used: .*delete this folder") as caught:
+    with pytest.raises(InputError, match=r"step-000003 cannot be used.*: .*delete this folder") as caught:
         run.load(model, optimizers)
     assert file in str(caught.value)
+
+
+def test_a_model_alone_does_not_go_on(parts):
+    _, model, optimizers, _ = parts
+    run = begun(parts)
+    folder = save(run, 3, parts)
+    # With the manifest or without.
+    for file in ("optimizer.safetensors", "manifest.json"):
+        (folder / file).unlink()
+        with pytest.raises(InputError, match=r"go on: optimizer.safetensors is missing.*another --out"):
+            run.load(model, optimizers)
+        load_model(run.folder)
 
 
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(parts, monkeypatch):
