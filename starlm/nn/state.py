@@ -66,8 +66,8 @@ class Streams:
 class LayerState:
     """The slots of one layer during one call of the model: each of B sequences has its own streams.
 
-    All but `reserve` append the rows of T new tokens to a stream of every slot. `first` holds absolute rows, as
-    for `Deformer.forward`.
+    All but `reserve` append the rows of T new tokens to a stream of every slot. `first` holds absolute rows,
+    as for `Deformer.forward`.
     """
 
     def __init__(
