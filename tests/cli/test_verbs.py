@@ -193,6 +193,11 @@ def test_generate(command, fake_model):
     assert (prompt, options["top_k"], options["stop"], options["max_tokens"]) == ("ab", 3, ("\n",), 9)
 
 
+def test_generate_stop_leaves_the_prompt_alone(command, fake_model):
+    assert command("generate", "--model", "m", "--stop", "END", "--stop=\n", "Once").out == "Once!\n"
+    assert fake_model[0][1]["stop"] == ("END", "\n")
+
+
 def test_generate_on_a_terminal(command, fake_model, monkeypatch):
     """The prompt in bold; no text may steer the terminal, and elsewhere it stays what it is."""
     words = ("generate", "--model", "m", "--prompt", "a\x1b[2J\n")
