@@ -112,4 +112,5 @@ def read_prompt(text: str | None, file: Path | None, *, flags: tuple[str, str]) 
     return piped()
 
 
-VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS)}
+ONE_OF = frozenset({"text", "prompt", "prompt_file"})
+VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS, one_of=ONE_OF)}
