@@ -159,7 +159,9 @@ def _tag(partial: Path) -> Path:
 
 def _dataset(source: str, report: Progress) -> list[Path]:
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+
+    # HTTPError is the base of their HTTP library's errors; which library that is depends on their version.
+    from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     match = _HUB.fullmatch(source)
     if not match:
@@ -181,7 +183,7 @@ def _dataset(source: str, report: Progress) -> list[Path]:
                 path.resolve().unlink()
                 raise InputError(f"{file.rfilename} of {source} is damaged. Run the same command again.")
             paths.append(path)
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
             f"{source} could not be fetched: {reason}. Check the name and the network; a private dataset "

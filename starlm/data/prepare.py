@@ -39,8 +39,8 @@ from starlm.files import readable_os_errors, settle, sha256, whole_folder
 TOKENIZER_BYTES = 50_000_000
 # Characters encoded in one go: enough for all cores, few enough for the library's memory.
 _BATCH = 1 << 22
-# Documents are held out by their names, so of few documents that may be most of the text. Beyond so many times
-# the share that was asked for, or that is asked for by default, held-out documents are cut.
+# Documents are held out by their names, so of few documents that may be most of the text. Beyond so many
+# times the share that was asked for, or that is asked for by default, held-out documents are cut.
 _TOO_MUCH, _USUAL = 3, 0.05
 # Bytes of a character at most: no document of a single one is to be cut.
 _CHARACTER = 4

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,7 +182,7 @@ class Hub(Files):
 
     def _answer(self, body):
         files, revision = self.server.files, "0123456789abcdef0123456789abcdef01234567"
-        headers = {"X-Repo-Commit": revision}
+        headers, cut = {"X-Repo-Commit": revision}, False
         if self.path.startswith("/api/datasets/some/texts/revision/nowhere"):
             headers["X-Error-Code"], status, content = "RevisionNotFound", 404, b"{}"
         elif self.path.startswith("/api/datasets/some/texts"):
@@ -202,6 +203,7 @@ class Hub(Files):
             headers["ETag"], status = f'"{hashlib.sha256(content).hexdigest()}"', 200
             if self.server.damage and body:
                 content = content[:-1] + b"?"
+            self.close_connection = cut = self.server.cut and body
         else:
             headers["X-Error-Code"], status, content = "RepoNotFound", 404, b"{}"
         self.send_response(status)
@@ -209,7 +211,7 @@ class Hub(Files):
             self.send_header(name, str(value))
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content[:-9] if cut else content)
 
 
 @pytest.fixture
@@ -220,7 +222,7 @@ def hub():
         name: " ".join(letters.choices(["one", "two", "three", "four", "five"], k=300)).encode()
         for name in ("README.md", "picture.png", "train/a.txt", "train/b.txt", "test/c.txt")
     }
-    server.damage = False
+    server.damage = server.cut = False
     yield server
     server.shutdown()
     server.server_close()
@@ -281,6 +283,22 @@ def test_datasets_that_are_not_there(hub, tmp_path, source, message):
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    done = starlm(SimpleNamespace(url="http://127.0.0.1:9"), tmp_path, "hf:some/texts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hf:some/texts could not be fetched: " in done.stderr
+    assert "refused. Check the name and the network" in done.stderr
+
+
+def test_a_dataset_that_breaks_off(hub, tmp_path):
+    hub.cut = True
+    done = starlm(hub, tmp_path, "hf:some/texts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hf:some/texts could not be fetched: " in done.stderr
+    hub.cut = False
+    assert starlm(hub, tmp_path, "hf:some/texts").returncode == 0
 
 
 def test_a_damaged_dataset(hub, tmp_path):
