@@ -67,6 +67,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             settle(path)
 
 
+def check_place(path: Path) -> None:
+    """Look whether `path` could be written, before work that would be lost otherwise. Nothing is made.
+
+    Raises:
+        InputError: a file is in the way, or the folder is not writable.
+    """
+    with readable_os_errors(path):
+        folder = path.resolve().parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def settle(path: Path) -> None:
     """Remove what killed processes left beside `path`; put back what one of them had just moved aside.
 

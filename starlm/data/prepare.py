@@ -31,9 +31,9 @@ from starlm.data.shards import (
     TokenData,
     token_dtype,
 )
-from starlm.data.tokenizer import FILE, Tokenizer
+from starlm.data.tokenizer import FILE, Tokenizer, check_vocab_size
 from starlm.errors import InputError
-from starlm.files import readable_os_errors, settle, sha256, whole_folder
+from starlm.files import check_place, readable_os_errors, settle, sha256, whole_folder
 
 # A tokenizer of some thousand tokens does not get better with more text.
 TOKENIZER_BYTES = 50_000_000
@@ -118,7 +118,11 @@ def prepare(
     report = progress or (lambda stage, done, total: None)
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     out = Path(out)
+    if not out.exists():
+        check_place(out)
     files = _find(sources, report)
     if skip_unreadable:
         files = [replace(file, required=suffix_of(file.path.name) not in TEXT_SUFFIXES) for file in files]
@@ -137,6 +141,8 @@ def prepare(
     reused = _check_out(out, identity, overwrite)
     if reused:
         return _report(reused.meta, out, reused=True, seconds=time.perf_counter() - began)
+    # What is used again may lie where nothing can be written.
+    check_place(out)
 
     plan = _Plan.scan(files, text_field, validation_fraction, report)
     tokens = given or Tokenizer.train(_training_texts(plan, report), vocab_size)

@@ -362,6 +362,32 @@ def test_impossible_options_leave_nothing(corpus, tmp_path, options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 264}, "vocab_size must be at least 265"),
+        ({"out": "corpus/text/03.txt/x/y"}, r"Cannot write .*y: .*03\.txt is a file\. Choose a folder"),
+        ({"out": "locked/x"}, r"Cannot write locked/x: Permission denied"),
+        # An empty folder is found out by the folder that it lies in, as it is replaced as a whole.
+        ({"out": "locked/empty"}, r"Cannot write locked/empty: Permission denied"),
+    ],
+)
+def test_nothing_is_read_for_what_cannot_be(corpus, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked" / "empty").mkdir(parents=True)
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
+    with pytest.raises(InputError, match=message):
+        prepare(
+            [corpus / "text"], **{"out": "new", **options}, progress=lambda *values: pytest.fail(f"{values}")
+        )
+
+
+def test_data_are_used_again_where_nothing_can_be_written(corpus, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"no text in .*a\.txt: every document is empty.*other sources"),
