@@ -149,13 +149,34 @@ def test_the_content_is_compared_with_its_sum(server):
         ("{url}/file.zip", r"does not name a file that can be read: supported are \.txt"),
         ("{url}", "does not name a file"),
         ("http://127.0.0.1:1/x.txt", r"could not be fetched: .*refused.*run the same command again"),
-        ("https://no such host/x.txt", "could not be fetched"),
+        ("http://127.0.0.1:1/ü.txt?ö=ä", r"127\.0\.0\.1:1/%C3%BC\.txt\?%C3%B6=%C3%A4 could not be fetched: "),
+        ("https://[bad/x.txt", r"https://\[bad/x\.txt is no address: .*IPv6.* Check it\."),
+        ("https:///x.txt", "is no address: it names no server"),
+        ("https://h:99999/x.txt", "is no address: Port out of range"),
+        (f"https://{'ü' * 80}.org/x.txt", "is no address: .*too long"),
         ("hf:alone", "is no dataset: write hf:OWNER/NAME"),
     ],
 )
 def test_wrong_addresses(server, source, message):
     with pytest.raises(InputError, match=message):
         fetch(source.format(url=server.url))
+
+
+def test_what_can_be_no_address_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(InputError, match=r"https://no such host/x\.txt is no address: .*control characters"):
+        fetch("https://no such host/x.txt")
+
+
+def test_addresses_of_other_letters(server):
+    """Encoded, unless they are already; the server's name in its own encoding."""
+    server.files |= {"/%C3%BC%20b.txt": b"a text"}
+    for name in ("ü b.txt", "%C3%BC%20b.txt", "ü%20b.txt?größe=1&b=%20#sha256="):
+        source = f"{server.url}/{name}"
+        path, _ = fetch(source + hashlib.sha256(b"a text").hexdigest() if source.endswith("=") else source)
+        assert (path.name, path.read_bytes()) == ("ü_b.txt", b"a text")
+    assert server.asked[-1][0] == "/%C3%BC%20b.txt?gr%C3%B6%C3%9Fe=1&b=%20"
+    assert download._address("https://bücher.example:80/") == "https://xn--bcher-kva.example:80/"
 
 
 @pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/x.txt"])
