@@ -166,7 +166,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def readable_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission at `path` into an `InputError`."""
+    """Turn a full disk, a missing permission or something in the way at `path` into an `InputError`."""
     try:
         yield
     except OSError as error:
@@ -179,6 +179,10 @@ def readable_os_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 f"Cannot write {path}: it is a mount point, which cannot be replaced as a whole. Choose a "
                 f"folder within it."
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise InputError(
+                f"Cannot write {path}: a folder has that name. Choose another name, or remove the folder."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(

@@ -157,6 +157,9 @@ def test_errors(tmp_path, write_run):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot write"):
         write_report([folder], tmp_path / "file" / "x.html")
+    (tmp_path / "d.html").mkdir()
+    with pytest.raises(InputError, match=r"Cannot write .*d\.html: a folder has that name"):
+        write_report([folder], tmp_path / "d.html")
 
 
 def test_reports_load_no_torch(tmp_path, write_run):
