@@ -57,6 +57,16 @@ def test_data_prepare(command, fake_data):
     assert "tokens: 2/2 (100%)" in done.err
 
 
+def test_what_comes_next_can_be_pasted(command, fake_train, fake_data):
+    """Into a shell, whatever the folders are called."""
+    prepared = command("data", "prepare", "a", "--out", "data ü 1").out
+    assert "Next: starlm train --preset demo --data 'data ü 1' --out runs/mine\n" in prepared
+    trained = command("train", "--out", "run 1", "--steps", "20").out
+    assert "Next: starlm generate --model 'run 1' --prompt \"...\"   or   starlm report 'run 1'\n" in trained
+    shown = command("demo", "--out", "run 2", "--steps", "20").out
+    assert "  starlm generate --model 'run 2' \"def \"\n  starlm eval --model 'run 2'\n" in shown
+
+
 def test_data_prepare_says_what_it_did_not_read(command):
     Path("text").mkdir()
     for name in ("a.txt", "b.txt"):
