@@ -40,7 +40,7 @@ class ShowOptions:
 
 
 def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
-    from starlm.data.documents import embedded_corpus, find_files, iter_documents
+    from starlm.data.documents import embedded_corpus, find_files, iter_documents, no_text
     from starlm.data.download import local
     from starlm.data.tokenizer import Tokenizer, check_vocab_size
 
@@ -60,6 +60,8 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
                 yield document.text
 
         tokenizer = Tokenizer.train(texts(), options.vocab_size)
+    if not documents:
+        raise no_text(files)
     path = tokenizer.save(options.out)
     console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
     return {

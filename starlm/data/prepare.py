@@ -17,6 +17,7 @@ from starlm.data.documents import (
     embedded_corpus,
     find_files,
     iter_documents,
+    no_text,
     position_of,
     suffix_of,
 )
@@ -220,8 +221,7 @@ class _Plan:
                     below.append(size)
             report("read", done, len(files))
         if not count:
-            places = ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else "")
-            raise InputError(f"There is no text in {places}: every document is empty. Name other sources.")
+            raise no_text(files)
         held_out = below or [lowest[1]]
         if highest[0] < wanted:
             held_out.remove(highest[1])

@@ -144,6 +144,20 @@ def test_tokenizer_train_then_show(command):
     assert "the│" in shown.err
 
 
+def test_tokenizer_train_without_text_keeps_the_one_that_is_there(command):
+    Path("empty.txt").write_text(" \n")
+    Path("t.json").write_text("as it was")
+    done = command("tokenizer", "train", "empty.txt", "--out", "t.json", "--vocab-size", "300")
+    assert (done.code, done.out) == (2, "")
+    assert "There is no text in empty.txt: every document is empty. Name other sources." in done.err
+    assert Path("t.json").read_text() == "as it was"
+
+
+def test_tokenizer_train_reads_nothing_for_a_vocabulary_that_cannot_be(command):
+    done = command("tokenizer", "train", "nowhere", "--vocab-size", "100")
+    assert (done.code, "vocab_size must be at least 265" in done.err) == (2, True)
+
+
 def test_tokenizer_show_reads_stdin(command, monkeypatch):
     Tokenizer.train(["abc"], 265).save(Path("t.json").absolute())
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
