@@ -67,6 +67,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             settle(path)
 
 
+def check_place(path: Path) -> None:
+    """Look whether `path` could be written, before work that would be lost otherwise. Nothing is made.
+
+    Raises:
+        InputError: a file is in the way, or the folder is not writable.
+    """
+    with readable_os_errors(path):
+        folder = path.resolve().parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def settle(path: Path) -> None:
     """Remove what killed processes left beside `path`; put back what one of them had just moved aside.
 
@@ -150,7 +166,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def readable_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission at `path` into an `InputError`."""
+    """Turn a full disk, a missing permission or something in the way at `path` into an `InputError`."""
     try:
         yield
     except OSError as error:
@@ -163,6 +179,10 @@ def readable_os_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 f"Cannot write {path}: it is a mount point, which cannot be replaced as a whole. Choose a "
                 f"folder within it."
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise InputError(
+                f"Cannot write {path}: a folder has that name. Choose another name, or remove the folder."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(

@@ -268,6 +268,9 @@ def test_vocabularies_that_do_not_fit(home, refused):
         (["--seed", "1"], ["run holds a run with other settings", "seed was 0, is 1", "another --out"]),
         (["--steps", "3"], ["at step 4 already", "another --out"]),
         (["--out", "text"], ["text is not empty and holds no run", "another --out"]),
+        (["--out", "text/1.txt"], ["text/1.txt is a file", "another --out, a folder"]),
+        (["--out", "/dev/full"], ["/dev/full is a file", "another --out, a folder"]),
+        (["--out", "text/1.txt/x"], ["Cannot write text/1.txt/x", "Not a directory", "Choose a folder"]),
     ],
 )
 def test_a_run_that_cannot_go_on(refused, change, parts):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from starlm.errors import InputError
-from starlm.files import only_writer, readable_os_errors, settle, whole_folder, write_whole
+from starlm.files import check_place, only_writer, readable_os_errors, settle, whole_folder, write_whole
 
 # A process number above what any system gives out.
 DEAD = 2**22 + 1
@@ -189,6 +189,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
         (errno.EACCES, ["Cannot write here: Permission denied", "Choose a folder"]),
         (errno.EROFS, ["Cannot write here: Read-only", "Choose a folder"]),
         (errno.EBUSY, ["Cannot write here", "mount point", "folder within it"]),
+        (errno.EISDIR, ["Cannot write here", "a folder has that name", "another name"]),
     ],
 )
 def test_errors_of_the_system_are_explained(number, parts):
@@ -210,6 +211,28 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
         whole_folder(tmp_path / "a" / "b"),
     ):
         pass
+
+
+def test_a_folder_in_the_way_of_a_file_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match=r"Cannot write .*a: a folder has that name"):
+        write_whole(tmp_path / "a", b"1")
+    assert tree(tmp_path) == {"a": None}
+
+
+@pytest.mark.parametrize("place", ["a", "new/b", "file/b/c", "locked/b"])
+def test_a_place_is_looked_at_before_the_work(tmp_path, monkeypatch, place):
+    fill(tmp_path, file="x")
+    (tmp_path / "locked").mkdir()
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
+    before = tree(tmp_path)
+    if "new" in place or "/" not in place:
+        check_place(tmp_path / place)
+    else:
+        with pytest.raises(InputError, match=rf"Cannot write .*{place}: "):
+            check_place(tmp_path / place)
+    assert tree(tmp_path) == before
 
 
 def test_where_a_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch):

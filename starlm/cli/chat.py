@@ -9,10 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from starlm.cli.console import Console, piped, printable
+from starlm.cli.console import Console, piped
 from starlm.cli.generate import PRESETS
 from starlm.cli.options import Verb
 from starlm.errors import InputError, StarLMError
+from starlm.text import printable
 
 if TYPE_CHECKING:
     from starlm.generate.chat import Message, Render

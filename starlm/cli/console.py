@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -11,16 +10,11 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from starlm.errors import InputError
+from starlm.text import printable
 
 Record = dict[str, Any]
 # Plain progress: a line when this share of the work or this time has passed.
 SHARE, SECONDS = 0.05, 10.0
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters but tabs and line ends spelt out: none may steer the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class Console:

@@ -1,5 +1,6 @@
 """starlm data: from text to tokens on disk, and what is there."""
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +82,7 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
         more = " ..." if len(passed_over) > 5 else ""
         console.say(f"Left out, for their names: {kinds}{more}. Plain text has to be called .txt to be read.")
-    console.say(f"Next: starlm train --preset demo --data {options.out} --out runs/mine")
+    console.say(f"Next: starlm train --preset demo --data {shlex.quote(str(options.out))} --out runs/mine")
     return asdict(report)
 
 

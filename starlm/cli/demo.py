@@ -1,5 +1,6 @@
 """starlm demo: the whole way from text to a report, on the corpus that every machine has."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,9 +29,10 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
 
     page = write_report([config.out])
     console.say(f"{page}\n")
+    out = shlex.quote(str(config.out))
     console.say("Next:")
-    console.say(f'  starlm generate --model {config.out} "def "')
-    console.say(f"  starlm eval --model {config.out}")
+    console.say(f'  starlm generate --model {out} "def "')
+    console.say(f"  starlm eval --model {out}")
     console.say("  starlm data prepare YOUR_FOLDER --out data/mine")
     console.say("  starlm train --preset demo --data data/mine --out runs/mine")
     return {**result, "out": str(config.out), "data": str(config.data), "report": str(page)}

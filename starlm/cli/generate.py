@@ -50,8 +50,8 @@ class GenerateOptions:
     """Taken from a token's score for each time that it was chosen before; 0 is off."""
     seed: int | None = None
     """Same seed, same text; without it a new one each time."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The text ends before this string; may be given again for further ones."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -112,4 +112,5 @@ def read_prompt(text: str | None, file: Path | None, *, flags: tuple[str, str]) 
     return piped()
 
 
-VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS)}
+ONE_OF = frozenset({"text", "prompt", "prompt_file"})
+VERBS = {"generate": Verb(options=GenerateOptions, run=run, presets=PRESETS, one_of=ONE_OF)}

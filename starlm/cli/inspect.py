@@ -96,4 +96,4 @@ def _say(data: dict[str, Any], console: Console) -> None:
     console.say()
 
 
-VERBS = {"inspect": Verb(options=InspectOptions, run=run)}
+VERBS = {"inspect": Verb(options=InspectOptions, run=run, one_of=frozenset({"text", "prompt_file"}))}

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from starlm.cli.console import printable
+from starlm.text import printable
 
 
 class MarkdownStream:

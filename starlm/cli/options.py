@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
@@ -81,9 +81,18 @@ def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: La
     )
     # The first letter as a sentence has it.
     about = f"{summary[0].upper()}{summary[1:]}."
-    default = parser(options=options, shared=shared())
-    result = tyro.cli(parser, prog=prog, description=about, args=argv, default=default)
-    return result.options, Shared(dry_run=result.shared.dry_run, json=result.shared.json)
+
+    def parse(options: O) -> tuple[O, Shared]:
+        default = parser(options=options, shared=shared())
+        result = tyro.cli(parser, prog=prog, description=about, args=argv, default=default)
+        return result.options, Shared(dry_run=result.shared.dry_run, json=result.shared.json)
+
+    if verb.one_of & _marked(verb.options, tyro.conf.Positional):
+        # What stands without a name is not among `names`; tyro finds it, where nothing below excludes it.
+        found = parse(_overlay(verb, options, {}, "the command line", given=verb.one_of))
+        if any(getattr(found[0], name) is not None for name in verb.one_of):
+            return found
+    return parse(options)
 
 
 def _unprefixed(cls: type) -> Any:
@@ -126,12 +135,19 @@ def _overlay(verb: Verb[O], options: O, layer: Layer, where: str, given: frozens
     """`options` with a layer on top; whether it makes sense as a whole is checked when all layers are there.
 
     Args:
-        given: further names that the layer sets, for `one_of`.
+        given: further names that the layer sets, for `one_of`, and for what may be given again: tyro appends
+            that to what it finds there.
     """
-    cleared: dict[str, Any] = {}
+    cleared: dict[str, Any] = dict.fromkeys(given & _marked(verb.options, tyro.conf.UseAppendAction), ())
     if verb.one_of & (layer.keys() | given):
-        cleared = dict.fromkeys(verb.one_of)
+        cleared |= dict.fromkeys(verb.one_of)
     return from_dict(verb.options, {**cleared, **layer}, where=where, base=options, check=False)
+
+
+def _marked(options: type, marker: Any) -> frozenset[str]:
+    """The options that have this marker of tyro's."""
+    hints = get_type_hints(options, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ()))
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:

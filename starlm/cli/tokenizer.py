@@ -40,10 +40,11 @@ class ShowOptions:
 
 
 def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
-    from starlm.data.documents import embedded_corpus, find_files, iter_documents
+    from starlm.data.documents import embedded_corpus, find_files, iter_documents, no_text
     from starlm.data.download import local
-    from starlm.data.tokenizer import Tokenizer
+    from starlm.data.tokenizer import Tokenizer, check_vocab_size
 
+    check_vocab_size(options.vocab_size)
     sources = source_list(options.sources)
     if not options.out.parent.is_dir():
         raise InputError(f"There is no folder {options.out.parent} to write {options.out.name} in. Make it.")
@@ -59,6 +60,8 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
                 yield document.text
 
         tokenizer = Tokenizer.train(texts(), options.vocab_size)
+    if not documents:
+        raise no_text(files)
     path = tokenizer.save(options.out)
     console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
     return {

@@ -1,5 +1,6 @@
 """starlm train: pretraining."""
 
+import shlex
 from typing import Any
 
 from starlm.cli.console import Console, duration
@@ -16,9 +17,8 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     with console.training() as on_record:
         result = train(config, on_record=on_record)
     say_result(result, console)
-    console.say(
-        f'Next: starlm generate --model {config.out} --prompt "..."   or   starlm report {config.out}'
-    )
+    out = shlex.quote(str(config.out))
+    console.say(f'Next: starlm generate --model {out} --prompt "..."   or   starlm report {out}')
     return {**result, "out": str(config.out)}
 
 

@@ -7,7 +7,7 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -184,6 +184,12 @@ def iter_documents(
                 yield document
             elif skipped is not None:
                 skipped.append(document.source)
+
+
+def no_text(files: Sequence[SourceFile]) -> InputError:
+    """The error where `iter_documents` yields nothing."""
+    places = ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    return InputError(f"There is no text in {places}: every document is empty. Name other sources.")
 
 
 def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document]:

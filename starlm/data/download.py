@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from starlm.data.documents import SUFFIXES, suffix_of
 from starlm.errors import InputError
@@ -25,6 +25,8 @@ ATTEMPTS = 5
 _PAUSE, _TIMEOUT, _CHUNK = 1.0, 30.0, 1 << 20
 # Answers that another try may change.
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+# In the path and the query of an address; a % is there because something is encoded already.
+_AS_IT_IS = "/%:@!$&'()*+,;=?~"
 _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?")
 
 
@@ -63,6 +65,7 @@ def _file(source: str, report: Progress) -> Path:
     expected = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if fragment and not expected:
         raise InputError(f"{source}: behind the # may stand sha256= and 64 hex digits; got {fragment!r}.")
+    address = _address(url)
     name = re.sub(r"[^\w.-]", "_", unquote(urlsplit(url).path.rpartition("/")[2]))
     if not suffix_of(name):
         raise InputError(
@@ -72,11 +75,32 @@ def _file(source: str, report: Progress) -> Path:
     path = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     with only_writer(path.parent):
         if not path.exists():
-            _download(url, path, report)
+            _download(address, path, report)
         if expected and sha256(path) != expected[1].lower():
             path.unlink()
             raise InputError(f"{url} is another file than expected: its SHA-256 differs. Check the source.")
     return path
+
+
+def _address(url: str) -> str:
+    """`url` in the letters that HTTP has: others than ASCII's, and blanks, are encoded.
+
+    Raises:
+        InputError: it cannot be an address.
+    """
+    try:
+        parts = urlsplit(url)
+        if not (parts.hostname and parts.port != 0):
+            raise ValueError("it names no server")
+        return urlunsplit(
+            parts._replace(
+                netloc=parts.netloc.encode("idna").decode(),
+                path=quote(parts.path, safe=_AS_IT_IS),
+                query=quote(parts.query, safe=_AS_IT_IS),
+            )
+        )
+    except ValueError as error:
+        raise InputError(f"{url} is no address: {error}. Check it.") from None
 
 
 def _download(url: str, path: Path, report: Progress) -> None:
@@ -93,6 +117,8 @@ def _download(url: str, path: Path, report: Progress) -> None:
                 partial.unlink(missing_ok=True)
             elif error.code not in _BUSY:
                 raise InputError(f"{url}: {problem}. Check the address.") from None
+        except http.client.InvalidURL as error:
+            raise InputError(f"{url} is no address: {error}. Check it.") from None
         except (OSError, http.client.HTTPException) as error:
             problem = str(getattr(error, "reason", "") or error or type(error).__name__)
         failures = 1 if _size(partial) > before else failures + 1
@@ -159,7 +185,9 @@ def _tag(partial: Path) -> Path:
 
 def _dataset(source: str, report: Progress) -> list[Path]:
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+
+    # HTTPError is the base of their HTTP library's errors; which library that is depends on their version.
+    from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     match = _HUB.fullmatch(source)
     if not match:
@@ -181,7 +209,7 @@ def _dataset(source: str, report: Progress) -> list[Path]:
                 path.resolve().unlink()
                 raise InputError(f"{file.rfilename} of {source} is damaged. Run the same command again.")
             paths.append(path)
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
             f"{source} could not be fetched: {reason}. Check the name and the network; a private dataset "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from starlm.data.documents import (
     embedded_corpus,
     find_files,
     iter_documents,
+    no_text,
     position_of,
     suffix_of,
 )
@@ -30,14 +32,19 @@ from starlm.data.shards import (
     TokenData,
     token_dtype,
 )
-from starlm.data.tokenizer import FILE, Tokenizer
+from starlm.data.tokenizer import FILE, Tokenizer, check_vocab_size
 from starlm.errors import InputError
-from starlm.files import readable_os_errors, settle, sha256, whole_folder
+from starlm.files import check_place, readable_os_errors, settle, sha256, whole_folder
 
 # A tokenizer of some thousand tokens does not get better with more text.
 TOKENIZER_BYTES = 50_000_000
 # Characters encoded in one go: enough for all cores, few enough for the library's memory.
 _BATCH = 1 << 22
+# Documents are held out by their names, so of few documents that may be most of the text. Beyond so many
+# times the share that was asked for, or that is asked for by default, held-out documents are cut.
+_TOO_MUCH, _USUAL = 3, 0.05
+# Bytes of a character at most: no document of a single one is to be cut.
+_CHARACTER = 4
 # How many of the documents that were passed over are named.
 _NAMED = 10
 _OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
@@ -86,7 +93,8 @@ def prepare(
 
     A document belongs to validation if the hash of its source lies below `validation_fraction`; at least
     one document does, and at least one does not. If there is one document only, the end of it becomes
-    validation: its last `validation_fraction`, begun at a line.
+    validation: its last `validation_fraction`, begun at a line. So do the ends of the longest documents where
+    few documents would make validation several times as large as `validation_fraction` of the text.
 
     Args:
         sources: files and folders (see `find_files`), addresses and datasets (see `download.local`);
@@ -111,7 +119,11 @@ def prepare(
     report = progress or (lambda stage, done, total: None)
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     out = Path(out)
+    if not out.exists():
+        check_place(out)
     files = _find(sources, report)
     if skip_unreadable:
         files = [replace(file, required=suffix_of(file.path.name) not in TEXT_SUFFIXES) for file in files]
@@ -130,6 +142,8 @@ def prepare(
     reused = _check_out(out, identity, overwrite)
     if reused:
         return _report(reused.meta, out, reused=True, seconds=time.perf_counter() - began)
+    # What is used again may lie where nothing can be written.
+    check_place(out)
 
     plan = _Plan.scan(files, text_field, validation_fraction, report)
     tokens = given or Tokenizer.train(_training_texts(plan, report), vocab_size)
@@ -144,9 +158,9 @@ def prepare(
         for batch in _batches(plan.documents()):
             texts = [document.text for _, document in batch]
             for (name, document), ids in zip(batch, tokens.encode_batch(texts), strict=True):
-                writers[name].add(ids, len(document.text.encode("utf-8")))
+                writers[name].add(ids, _bytes(document))
             done += len(batch)
-            report("encode", done, max(plan.count, len(SPLITS)))
+            report("encode", done, plan.pieces)
         tokens.save(folder / FILE)
         meta = {
             "format": FORMAT,
@@ -186,27 +200,41 @@ class _Plan:
     skipped: list[str]
     limit: int
     """Documents whose `position_of` lies below are validation."""
+    most: float
+    """Bytes that one of them may have; of a longer one the end is validation, and the rest is not."""
+    pieces: int
+    """How many texts `documents` yields."""
 
     @classmethod
     def scan(cls, files: list[SourceFile], text_field: str, fraction: float, report: Progress) -> "_Plan":
         skipped: list[str] = []
-        count, lowest, highest = 0, 1 << 64, 0
+        wanted = int(fraction * 2**64)
+        count = total = 0
+        # Position and bytes of the first and the last document, and the bytes of those before `wanted`.
+        lowest, highest, below = (1 << 64, 0), (-1, 0), []
         for done, file in enumerate(files, 1):
             for document in iter_documents([file], text_field, skipped=skipped):
-                position = position_of(document.source)
-                count, lowest, highest = count + 1, min(lowest, position), max(highest, position)
+                place = position, size = position_of(document.source), _bytes(document)
+                count, total = count + 1, total + size
+                lowest, highest = min(lowest, place), max(highest, place)
+                if position < wanted:
+                    below.append(size)
             report("read", done, len(files))
         if not count:
-            places = ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else "")
-            raise InputError(f"There is no text in {places}: every document is empty. Name other sources.")
-        limit = min(max(int(fraction * 2**64), lowest + 1), highest)
+            raise no_text(files)
+        held_out = below or [lowest[1]]
+        if highest[0] < wanted:
+            held_out.remove(highest[1])
+        most = _most(held_out, total, fraction)
         return cls(
             files=files,
             text_field=text_field,
             fraction=fraction,
             count=count,
             skipped=skipped,
-            limit=limit,
+            limit=min(max(wanted, lowest[0] + 1), highest[0]),
+            most=most,
+            pieces=max(count + sum(size > most for size in held_out), len(SPLITS)),
         )
 
     def documents(self) -> Iterator[tuple[str, Document]]:
@@ -214,9 +242,35 @@ class _Plan:
         for document in iter_documents(self.files, self.text_field):
             if self.count == 1:
                 yield from _halves(document, self.fraction)
+            elif position_of(document.source) >= self.limit:
+                yield "train", document
+            elif (size := _bytes(document)) > self.most:
+                yield from _halves(document, self.most / size)
             else:
-                position = position_of(document.source)
-                yield "validation" if position < self.limit else "train", document
+                yield "validation", document
+
+
+def _bytes(document: Document) -> int:
+    return len(document.text.encode("utf-8"))
+
+
+def _most(held_out: list[int], total: int, fraction: float) -> float:
+    """Bytes that a held-out document may have, so that all are not far more than the fraction of the total.
+
+    Args:
+        held_out: bytes of each.
+    """
+    # The last is for large fractions: at least half of what training is to have.
+    if sum(held_out) <= total * min(_TOO_MUCH * max(fraction, _USUAL), (1 + fraction) / 2):
+        return math.inf
+    # What short ones leave of their equal shares is for the longer ones.
+    left = fraction * total
+    for number, size in enumerate(sorted(held_out)):
+        share = left / (len(held_out) - number)
+        if size > share:
+            return max(share, _CHARACTER)
+        left -= size
+    return math.inf
 
 
 def _halves(document: Document, fraction: float) -> Iterator[tuple[str, Document]]:
@@ -239,7 +293,7 @@ def _training_texts(plan: _Plan, report: Progress) -> Iterator[str]:
     for name, document in plan.documents():
         if name == "train":
             yield document.text[: TOKENIZER_BYTES - done]
-            done += len(document.text.encode("utf-8"))
+            done += _bytes(document)
             report("tokenizer", done, None)
             if done >= TOKENIZER_BYTES:
                 return

@@ -48,6 +48,19 @@ _PIECE = 1 << 20
 _CUT = re.compile(r"\n(?=\S)")
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """What `Tokenizer.train` checks first.
+
+    Raises:
+        InputError: `vocab_size` is below 265.
+    """
+    if vocab_size < MIN_VOCAB:
+        raise InputError(
+            f"vocab_size must be at least {MIN_VOCAB} (256 bytes and {len(SPECIAL)} special tokens); got "
+            f"{vocab_size}."
+        )
+
+
 class Tokenizer:
     """Text to token ids and back."""
 
@@ -91,11 +104,7 @@ class Tokenizer:
         Raises:
             InputError: `vocab_size` is below 265.
         """
-        if vocab_size < MIN_VOCAB:
-            raise InputError(
-                f"vocab_size must be at least {MIN_VOCAB} (256 bytes and {len(SPECIAL)} special tokens); got "
-                f"{vocab_size}."
-            )
+        check_vocab_size(vocab_size)
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -16,6 +16,7 @@ from starlm.files import readable_os_errors, write_whole
 from starlm.report.environment import environment
 from starlm.report.metrics import RunMetrics, read_run
 from starlm.report.plots import curves
+from starlm.text import printable
 from starlm.version import __version__
 
 Row = tuple[str, ...]
@@ -73,7 +74,7 @@ def _values(runs: list[RunMetrics]) -> dict[str, Any]:
                 "name": run.name,
                 "state": _state(run),
                 "figures": figures(run),
-                "samples": [(sample["prompt"], sample["text"]) for sample in run.samples],
+                "samples": [tuple(printable(s[part]) for part in ("prompt", "text")) for s in run.samples],
                 "samples_step": run.samples[-1]["step"] if run.samples else 0,
                 "config": settings(run.config),
                 "command": command(run),

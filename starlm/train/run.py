@@ -57,6 +57,8 @@ class Run:
     def _check_same(self) -> None:
         """Refuse a folder that holds another run; auto becomes the precision of the same one."""
         path = self.folder / "run.toml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file. Choose another --out, a folder.")
         if not path.is_file():
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise InputError(

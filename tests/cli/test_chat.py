@@ -17,7 +17,7 @@ import pytest
 from runs import write_model_folder
 
 from starlm.cli.chat import HELP
-from starlm.cli.console import printable
+from starlm.text import printable
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: {{ m.content }}<|user_end|>

@@ -5,7 +5,6 @@ import io
 import pytest
 from rich.console import Console
 
-from starlm.cli.console import printable
 from starlm.cli.markdown import MarkdownStream, finished
 
 TEXT = """# Title
@@ -90,7 +89,6 @@ def test_what_came_stays_after_an_interruption():
 
 
 def test_no_text_steers_the_terminal():
-    assert printable("a\x1b[2J\tb\n\x07\x9b\r") == "a\\x1b[2J\tb\n\\x07\\x9b\\x0d"
     file = io.StringIO()
     with MarkdownStream(screen(file)) as stream:
         stream.push("\x1b]0;title\x07")

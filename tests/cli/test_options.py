@@ -50,6 +50,41 @@ def test_a_horizon_replaces_the_one_below(resolved):
     assert [resolved("--config", "a.toml", "--tokens-per-param", "2")[n] for n in names] == [None, None, 2.0]
 
 
+def test_what_may_be_given_again_replaces_the_file(command):
+    Path("a.toml").write_text('model = ["demo=again"]\ncors_origin = ["https://a.org"]\n')
+
+    def served(*argv):
+        config = command("serve", "--config", "a.toml", *argv, "--dry-run", "--json").json["config"]
+        return config["model"], config["cors_origin"]
+
+    assert served() == (["demo=again"], ["https://a.org"])
+    assert served("--cors-origin", "https://b.org") == (["demo=again"], ["https://b.org"])
+    assert served("--model", "x=b", "--model=y=c") == (["x=b", "y=c"], ["https://a.org"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        ([], {"prompt_file": "long.txt"}),
+        (["said"], {"text": "said"}),
+        (["--prompt", "said"], {"prompt": "said"}),
+        (["--prompt-file", "b.txt"], {"prompt_file": "b.txt"}),
+    ],
+)
+def test_a_prompt_replaces_the_one_in_the_file(command, argv, given):
+    Path("a.toml").write_text('prompt_file = "long.txt"\n')
+    done = command("generate", "--config", "a.toml", *argv, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    names = ("text", "prompt", "prompt_file")
+    assert {name: done.json["config"][name] for name in names if done.json["config"][name]} == given
+
+
+def test_a_text_replaces_the_one_in_the_file(command):
+    Path("a.toml").write_text('prompt_file = "long.txt"\n')
+    done = command("inspect", "--config", "a.toml", "--text", "said", "--dry-run", "--json")
+    assert (done.json["config"]["text"], done.json["config"]["prompt_file"]) == ("said", None)
+
+
 def test_two_horizons_in_one_layer_are_an_error(command):
     done = command("train", "--steps", "3", "--tokens", "5")
     assert done.code == 2

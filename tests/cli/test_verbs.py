@@ -57,6 +57,16 @@ def test_data_prepare(command, fake_data):
     assert "tokens: 2/2 (100%)" in done.err
 
 
+def test_what_comes_next_can_be_pasted(command, fake_train, fake_data):
+    """Into a shell, whatever the folders are called."""
+    prepared = command("data", "prepare", "a", "--out", "data ü 1").out
+    assert "Next: starlm train --preset demo --data 'data ü 1' --out runs/mine\n" in prepared
+    trained = command("train", "--out", "run 1", "--steps", "20").out
+    assert "Next: starlm generate --model 'run 1' --prompt \"...\"   or   starlm report 'run 1'\n" in trained
+    shown = command("demo", "--out", "run 2", "--steps", "20").out
+    assert "  starlm generate --model 'run 2' \"def \"\n  starlm eval --model 'run 2'\n" in shown
+
+
 def test_data_prepare_says_what_it_did_not_read(command):
     Path("text").mkdir()
     for name in ("a.txt", "b.txt"):
@@ -134,6 +144,20 @@ def test_tokenizer_train_then_show(command):
     assert "the│" in shown.err
 
 
+def test_tokenizer_train_without_text_keeps_the_one_that_is_there(command):
+    Path("empty.txt").write_text(" \n")
+    Path("t.json").write_text("as it was")
+    done = command("tokenizer", "train", "empty.txt", "--out", "t.json", "--vocab-size", "300")
+    assert (done.code, done.out) == (2, "")
+    assert "There is no text in empty.txt: every document is empty. Name other sources." in done.err
+    assert Path("t.json").read_text() == "as it was"
+
+
+def test_tokenizer_train_reads_nothing_for_a_vocabulary_that_cannot_be(command):
+    done = command("tokenizer", "train", "nowhere", "--vocab-size", "100")
+    assert (done.code, "vocab_size must be at least 265" in done.err) == (2, True)
+
+
 def test_tokenizer_show_reads_stdin(command, monkeypatch):
     Tokenizer.train(["abc"], 265).save(Path("t.json").absolute())
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
@@ -191,6 +215,11 @@ def test_generate(command, fake_model):
     assert (done.code, done.out, done.err) == (0, "ab!\n", "")
     prompt, options = fake_model[0]
     assert (prompt, options["top_k"], options["stop"], options["max_tokens"]) == ("ab", 3, ("\n",), 9)
+
+
+def test_generate_stop_leaves_the_prompt_alone(command, fake_model):
+    assert command("generate", "--model", "m", "--stop", "END", "--stop=\n", "Once").out == "Once!\n"
+    assert fake_model[0][1]["stop"] == ("END", "\n")
 
 
 def test_generate_on_a_terminal(command, fake_model, monkeypatch):

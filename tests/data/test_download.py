@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,13 +149,34 @@ def test_the_content_is_compared_with_its_sum(server):
         ("{url}/file.zip", r"does not name a file that can be read: supported are \.txt"),
         ("{url}", "does not name a file"),
         ("http://127.0.0.1:1/x.txt", r"could not be fetched: .*refused.*run the same command again"),
-        ("https://no such host/x.txt", "could not be fetched"),
+        ("http://127.0.0.1:1/ü.txt?ö=ä", r"127\.0\.0\.1:1/%C3%BC\.txt\?%C3%B6=%C3%A4 could not be fetched: "),
+        ("https://[bad/x.txt", r"https://\[bad/x\.txt is no address: .*IPv6.* Check it\."),
+        ("https:///x.txt", "is no address: it names no server"),
+        ("https://h:99999/x.txt", "is no address: Port out of range"),
+        (f"https://{'ü' * 80}.org/x.txt", "is no address: .*too long"),
         ("hf:alone", "is no dataset: write hf:OWNER/NAME"),
     ],
 )
 def test_wrong_addresses(server, source, message):
     with pytest.raises(InputError, match=message):
         fetch(source.format(url=server.url))
+
+
+def test_what_can_be_no_address_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(InputError, match=r"https://no such host/x\.txt is no address: .*control characters"):
+        fetch("https://no such host/x.txt")
+
+
+def test_addresses_of_other_letters(server):
+    """Encoded, unless they are already; the server's name in its own encoding."""
+    server.files |= {"/%C3%BC%20b.txt": b"a text"}
+    for name in ("ü b.txt", "%C3%BC%20b.txt", "ü%20b.txt?größe=1&b=%20#sha256="):
+        source = f"{server.url}/{name}"
+        path, _ = fetch(source + hashlib.sha256(b"a text").hexdigest() if source.endswith("=") else source)
+        assert (path.name, path.read_bytes()) == ("ü_b.txt", b"a text")
+    assert server.asked[-1][0] == "/%C3%BC%20b.txt?gr%C3%B6%C3%9Fe=1&b=%20"
+    assert download._address("https://bücher.example:80/") == "https://xn--bcher-kva.example:80/"
 
 
 @pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/x.txt"])
@@ -181,7 +203,7 @@ class Hub(Files):
 
     def _answer(self, body):
         files, revision = self.server.files, "0123456789abcdef0123456789abcdef01234567"
-        headers = {"X-Repo-Commit": revision}
+        headers, cut = {"X-Repo-Commit": revision}, False
         if self.path.startswith("/api/datasets/some/texts/revision/nowhere"):
             headers["X-Error-Code"], status, content = "RevisionNotFound", 404, b"{}"
         elif self.path.startswith("/api/datasets/some/texts"):
@@ -202,6 +224,7 @@ class Hub(Files):
             headers["ETag"], status = f'"{hashlib.sha256(content).hexdigest()}"', 200
             if self.server.damage and body:
                 content = content[:-1] + b"?"
+            self.close_connection = cut = self.server.cut and body
         else:
             headers["X-Error-Code"], status, content = "RepoNotFound", 404, b"{}"
         self.send_response(status)
@@ -209,7 +232,7 @@ class Hub(Files):
             self.send_header(name, str(value))
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content[:-9] if cut else content)
 
 
 @pytest.fixture
@@ -220,7 +243,7 @@ def hub():
         name: " ".join(letters.choices(["one", "two", "three", "four", "five"], k=300)).encode()
         for name in ("README.md", "picture.png", "train/a.txt", "train/b.txt", "test/c.txt")
     }
-    server.damage = False
+    server.damage = server.cut = False
     yield server
     server.shutdown()
     server.server_close()
@@ -281,6 +304,22 @@ def test_datasets_that_are_not_there(hub, tmp_path, source, message):
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    done = starlm(SimpleNamespace(url="http://127.0.0.1:9"), tmp_path, "hf:some/texts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hf:some/texts could not be fetched: " in done.stderr
+    assert "refused. Check the name and the network" in done.stderr
+
+
+def test_a_dataset_that_breaks_off(hub, tmp_path):
+    hub.cut = True
+    done = starlm(hub, tmp_path, "hf:some/texts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hf:some/texts could not be fetched: " in done.stderr
+    hub.cut = False
+    assert starlm(hub, tmp_path, "hf:some/texts").returncode == 0
 
 
 def test_a_damaged_dataset(hub, tmp_path):

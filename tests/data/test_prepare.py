@@ -107,6 +107,53 @@ def test_a_single_document_is_divided_at_a_line(tmp_path, text, fraction, train)
     assert sum(report.bytes.values()) == len(text)
 
 
+@pytest.mark.parametrize(
+    ("lines", "fraction"),
+    [
+        # Of the files in the order of their positions; by their names only, the first would be validation.
+        ([5000, 3], 0.05),
+        ([2500, 1400, 10], 0.05),
+        ([1400, 1400, 2500], 0.05),
+        ([5000, 3], 0.5),
+    ],
+)
+def test_of_few_documents_the_longest_are_divided(tmp_path, lines, fraction):
+    names = sorted("abcd"[: len(lines)], key=lambda name: position_of(f"{name}.txt"))
+    texts = {name: f"{name} says é\n" * count for name, count in zip(names, lines, strict=True)}
+    source, stages = write(tmp_path / "text", **texts), []
+    options = {"vocab_size": 270, "validation_fraction": fraction}
+    report = prepare([source], tmp_path / "out", progress=lambda *values: stages.append(values), **options)
+    total = sum(len(text.encode()) for text in texts.values())
+    assert sum(report.bytes.values()) == total
+    assert report.bytes["validation"] == pytest.approx(fraction * total, abs=30)
+    train, validation = (texts_of(tmp_path / "out", name) for name in ("train", "validation"))
+    assert texts[names[0]] in [head + tail for head in train for tail in validation]
+    assert all(text.endswith("\n") for text in train)
+    pieces = sum(report.documents.values())
+    assert (len(train) + len(validation), stages[-1]) == (pieces, ("encode", pieces, pieces))
+    prepare([source], tmp_path / "again", **options)
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+
+
+def test_short_held_out_documents_stay_whole(tmp_path):
+    """Of those that make validation too large, the long ones are cut."""
+    names = sorted("abcdef", key=lambda name: position_of(f"{name}.txt"))
+    fraction = (position_of(f"{names[2]}.txt") + position_of(f"{names[3]}.txt")) / 2**65
+    lines = dict(zip(names, [3, 3000, 3000, 10, 10, 10], strict=True))
+    source = write(tmp_path / "text", **{name: f"{name} says so\n" * count for name, count in lines.items()})
+    report = prepare([source], tmp_path / "out", vocab_size=265, validation_fraction=fraction)
+    held_out = texts_of(tmp_path / "out", "validation")
+    assert [text[0] for text in held_out] == sorted(names[:3])
+    assert f"{names[0]} says so\n" * 3 in held_out
+    wanted = fraction * sum(report.bytes.values())
+    assert report.bytes["validation"] == pytest.approx(wanted, abs=30)
+
+
+def test_characters_are_not_divided(tmp_path):
+    report = prepare([write(tmp_path / "text", a="🙂", b="🙃")], tmp_path / "out", vocab_size=265)
+    assert report.bytes == {"train": 4, "validation": 4}
+
+
 def test_a_source_named_twice_is_read_once(corpus, tmp_path):
     once = prepare([corpus / "text"], tmp_path / "a", vocab_size=270)
     links = tmp_path / "links"
@@ -157,7 +204,7 @@ def test_the_report_counts(corpus, tmp_path):
 
 
 def test_the_tokenizer_sees_training_documents_only(tmp_path):
-    source = write(tmp_path / "text", **{f"d{n}": f"common {n} " * 9 for n in range(9)})
+    source = write(tmp_path / "text", **{f"d{n}": f"common {n} " * 900 for n in range(9)})
     held_out = min(source.iterdir(), key=lambda path: position_of(path.name))
     held_out.write_text("zqzqzqzq " * 500)
     prepare([source], tmp_path / "out", vocab_size=300, validation_fraction=1e-9)
@@ -312,6 +359,32 @@ def test_impossible_options_leave_nothing(corpus, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         prepare([corpus / "text"], tmp_path / "out", **{"vocab_size": 270} | options)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 264}, "vocab_size must be at least 265"),
+        ({"out": "corpus/text/03.txt/x/y"}, r"Cannot write .*y: .*03\.txt is a file\. Choose a folder"),
+        ({"out": "locked/x"}, r"Cannot write locked/x: Permission denied"),
+        # An empty folder is found out by the folder that it lies in, as it is replaced as a whole.
+        ({"out": "locked/empty"}, r"Cannot write locked/empty: Permission denied"),
+    ],
+)
+def test_nothing_is_read_for_what_cannot_be(corpus, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked" / "empty").mkdir(parents=True)
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
+    with pytest.raises(InputError, match=message):
+        prepare(
+            [corpus / "text"], **{"out": "new", **options}, progress=lambda *values: pytest.fail(f"{values}")
+        )
+
+
+def test_data_are_used_again_where_nothing_can_be_written(corpus, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
     for write in (write_page, write_picture):
         with pytest.raises(InputError, match="Cannot write"):
             write(data(), tmp_path / "file" / "a", token=11)
+        with pytest.raises(InputError, match="a folder has that name"):
+            write(data(), tmp_path, token=11)
 
 
 def test_words():

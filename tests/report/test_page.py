@@ -1,5 +1,6 @@
 """The report's page and its Markdown."""
 
+import json
 import re
 import subprocess
 import sys
@@ -85,6 +86,14 @@ def test_text_of_the_model_is_text(tmp_path, write_run):
     assert "````text\ndef ```\n<b>&\n\n````" in markdown
 
 
+def test_no_byte_of_a_sample_is_a_control_character(tmp_path, write_run):
+    sample = json.dumps({"kind": "sample", "step": 60, "prompt": "a\x1b", "text": "\0[2J\x9b\tb\n"})
+    path = write_report([write_run(tmp_path / "demo", tail=f"{sample}\n")])
+    for text in (path.read_text(), path.with_suffix(".md").read_text()):
+        assert "\\x00[2J\\x9b\tb\n" in text
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
+
 def test_comparison(tmp_path, write_run):
     runs = [
         write_run(tmp_path / "a", settings='keep = 2\n[model]\npreset = "gated"\n'),
@@ -157,6 +166,9 @@ def test_errors(tmp_path, write_run):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot write"):
         write_report([folder], tmp_path / "file" / "x.html")
+    (tmp_path / "d.html").mkdir()
+    with pytest.raises(InputError, match=r"Cannot write .*d\.html: a folder has that name"):
+        write_report([folder], tmp_path / "d.html")
 
 
 def test_reports_load_no_torch(tmp_path, write_run):
