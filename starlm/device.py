@@ -5,6 +5,7 @@ import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 import torch
 
 from starlm.errors import InputError
@@ -45,6 +46,14 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name not in known:
         raise InputError(f"dtype must be {', '.join(known)}; got {name!r}.")
     return known[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors on the device may still take."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def describe(device: torch.device) -> dict[str, str]:

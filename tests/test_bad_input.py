@@ -278,7 +278,7 @@ def test_a_run_that_cannot_go_on(refused, change, parts):
 
 
 def test_a_prompt_longer_than_the_memory(home, refused, monkeypatch):
-    parts = ["tokens) need about", "MiB of memory are free", "Shorten the prompt", "max_shift"]
+    parts = ["tokens) need about", "MiB of memory", "Shorten the prompt", "max_shift"]
     refused(*USERS[0], "--max-tokens", 10**13, parts=parts)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
     (home / "long.txt").write_text("abcd " * 50_000)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import Tensor
 
+from starlm.device import free_memory
 from starlm.errors import InputError, StarLMError
 from starlm.generate.answer import Answer, with_logprobs
 from starlm.generate.cache import PrefixCache
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class QueueFull(StarLMError):
-    """More requests wait than the engine takes."""
+    """More requests wait, or memory is promised to them, than the engine takes."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Engine:
                 lock, so it must return at once (in asyncio: `loop.call_soon_threadsafe`).
 
         Raises:
-            QueueFull: too many requests wait.
+            QueueFull: too many requests wait, or too little memory is left beside what they may need.
             InputError: the request can never be answered.
             StarLMError: the engine is closed.
         """
@@ -182,6 +182,7 @@ class Engine:
                     f"{len(self._waiting)} requests are waiting already, of {self._queue} that may. Try "
                     f"again later."
                 )
+            self._check_memory(prompts)
             for prompt in prompts:
                 if prompt.stream.request.max_tokens == 0:
                     self._end(prompt.stream, "length")
@@ -252,7 +253,6 @@ class Engine:
                 f"The prompt has {len(tokens)} tokens and max_tokens is {request.max_tokens}: together more "
                 f"than the {self.max_context} allowed. Shorten the prompt or ask for fewer tokens."
             )
-        self._check_memory(total, request.n)
         stream = Stream(self, request, on_piece)
         return [
             Answer(
@@ -264,16 +264,31 @@ class Engine:
             for index in range(request.n)
         ]
 
-    def _check_memory(self, num_tokens: int, n: int) -> None:
-        # The buffers double when they are full, old and new together for a moment: three times the rows.
-        needed = 3 * n * self.model.model.state_bytes(num_tokens)
-        free = psutil.virtual_memory().available
+    def _check_memory(self, prompts: Sequence[_Prompt]) -> None:
+        """Refuse what does not fit beside all that the engine has taken on; under the lock."""
+        new = [self._rows(prompt.stream.request) for prompt in prompts]
+        # Buffers double when they are full, old and new together for a moment: three times the rows.
+        needed = 2 * sum(new) + max(new)
+        held = [*self._running.values(), *filter(None, [self._reading and self._reading.state])]
+        free = free_memory(self._device) + sum(state.num_bytes for state in held)
         if needed > free:
+            request = max((prompt.stream.request for prompt in prompts), key=self._rows)
             raise InputError(
-                f"The prompt and the answer ({num_tokens} tokens) need about {needed / 2**20:.0f} MiB of "
-                f"decode state, and {free / 2**20:.0f} MiB of memory are free. Shorten the prompt, ask for "
-                f"fewer tokens, or use a model with a smaller max_shift, whose memory is constant."
+                f"The prompt and the answer ({len(request.tokens) + request.max_tokens} tokens) need about "
+                f"{needed / 2**20:.0f} MiB of decode state, and there are {free / 2**20:.0f} MiB of memory. "
+                f"Shorten the prompt, ask for fewer tokens, or use a model with a smaller max_shift, whose "
+                f"memory is constant."
             )
+        promised = sum(2 * self._rows(stream.request) for stream in self._streams())
+        if needed + promised > free:
+            raise QueueFull(
+                f"Requests that were accepted before may need {promised / 2**20:.0f} MiB of decode state, "
+                f"this one {needed / 2**20:.0f}, and there are {free / 2**20:.0f}. Try again later."
+            )
+
+    def _rows(self, request: Request) -> int:
+        """Bytes of the rows of all answers to a request, at their longest."""
+        return request.n * self.model.model.state_bytes(len(request.tokens) + request.max_tokens)
 
     def _next(self) -> _Prompt | None:
         """The prompt to read, if there is one and slots for its answers."""

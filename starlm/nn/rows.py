@@ -84,7 +84,8 @@ class Rows:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory held, the room to grow included."""
-        return 0 if self.data is None else self.data.untyped_storage().nbytes()
+        data = self.data
+        return 0 if data is None else data.untyped_storage().nbytes()
 
 
 def _empty(capacity: int, like: Tensor) -> Tensor:

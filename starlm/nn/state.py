@@ -59,8 +59,8 @@ class Streams:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory held."""
-        return sum(rows.num_bytes for rows in self.rows.values())
+        """Bytes of memory held; may be asked while another thread appends."""
+        return sum(rows.num_bytes for rows in list(self.rows.values()))
 
 
 class LayerState:

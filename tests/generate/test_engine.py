@@ -4,43 +4,18 @@ import asyncio
 import gc
 import threading
 import weakref
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
-import psutil
 import pytest
 import torch
+from engines import GREEDY, KINDS, MODELS, TOKENIZER, collected, drained, finish_of, ids_of, make, prompt
 from hypothesis import given, settings
-from models import make_model
 
-from starlm.data.tokenizer import Tokenizer
-from starlm.errors import InputError, StarLMError
-from starlm.generate.engine import Engine, QueueFull
+from starlm.errors import StarLMError
+from starlm.generate.engine import Engine
 from starlm.generate.request import Request
 from starlm.generate.sampling import Sampling
-from starlm.generate.text import TextModel
 from starlm.model.state import DecodeState
-
-TOKENIZER = Tokenizer.train(["def add(a, b):\n    return a + b  # é 你好 🙂\n" * 30], 300)
-VOCAB = TOKENIZER.vocab_size
-KINDS = {
-    "product": "product",
-    "value": "value",
-    "gated": "gated",
-    "star": "star",
-    "bounded": "star, bounded",
-    "A, W, C": "star mixed",
-}
-GREEDY = Sampling(temperature=0)
-
-
-def make(kind, **options):
-    """fp64, so that rounding, which depends on the batch, cannot tip an argmax or a draw."""
-    more = {"layers": "DAWC", "depth": 4} if kind == "A, W, C" else {}
-    return TextModel(make_model(KINDS[kind], vocab_size=VOCAB, **more, **options), TOKENIZER)
-
-
-MODELS = {kind: make(kind) for kind in KINDS}
 
 
 def assert_argmax(model, tokens, got, finish, count):
@@ -53,32 +28,6 @@ def assert_argmax(model, tokens, got, finish, count):
         assert wanted[len(got)] in model.stop_ids
     elif finish == "length":
         assert len(got) == count
-
-
-def prompt(number, length):
-    """Texts that share beginnings, and all differ."""
-    generator = torch.Generator().manual_seed(number)
-    tail = torch.randint(9, 40, (length,), generator=generator).tolist()
-    return [TOKENIZER.bos, *range(50, 90)][: 1 + 20 * (number % 3)] + tail
-
-
-def ids_of(pieces, index=0):
-    return [token.id for piece in pieces if piece.index == index for token in piece.tokens]
-
-
-def finish_of(pieces, index=0):
-    return [piece.finish for piece in pieces if piece.index == index and piece.finish]
-
-
-def drained(engine):
-    while engine.step():
-        pass
-
-
-def collected(engine, request):
-    """A request whose pieces are collected by a callback."""
-    pieces = []
-    return engine.submit(request, pieces.append), pieces
 
 
 REQUESTS = st.tuples(
@@ -257,38 +206,6 @@ def test_short_prompts_share_a_chunk():
     assert engine.stats().running == 6
 
 
-def test_a_full_queue():
-    engine = Engine(MODELS["gated"], slots=1, queue=2)
-    request = Request(tokens=prompt(0, 5), max_tokens=3, sampling=GREEDY)
-    streams = [engine.submit(request) for _ in range(2)]
-    with pytest.raises(QueueFull, match="2 requests are waiting already"):
-        engine.submit(request)
-    assert issubclass(QueueFull, StarLMError)
-    engine.step()
-    streams.append(engine.submit(request))
-    assert [len(ids_of(list(stream))) for stream in streams] == [3, 3, 3]
-
-
-def test_several_requests_are_queued_at_once_or_not_at_all():
-    engine = Engine(MODELS["gated"], slots=1, queue=3)
-    request = Request(tokens=prompt(0, 5), max_tokens=3, sampling=GREEDY)
-    heard = []
-    several = [(request, heard.append)] * 2
-    with pytest.raises(InputError, match="4 prompts at once are more than the 3 that may wait"):
-        engine.submit_all(several * 2)
-    bad = Request(tokens=[VOCAB], max_tokens=3)
-    with pytest.raises(InputError, match="tokens must be between"):
-        engine.submit_all([*several, (bad, None)])
-    assert engine.stats().waiting == 0
-    streams = engine.submit_all(several)
-    with pytest.raises(QueueFull, match="2 requests are waiting already, of 3"):
-        engine.submit_all(several)
-    assert (engine.stats().waiting, engine.stats().prompt_tokens) == (2, 2 * len(request.tokens))
-    drained(engine)
-    assert all(stream.done for stream in streams)
-    assert len(ids_of(heard)) == 6
-
-
 def test_cancelling_frees_the_slots_at_once():
     engine = Engine(MODELS["star"], slots=3, prefill_chunk=16, cache_bytes=0)
     long = {"max_tokens": 100, "sampling": Sampling(temperature=0, logit_bias={TOKENIZER.bos: -100})}
@@ -383,31 +300,6 @@ def test_an_iterator_raises_the_error(monkeypatch):
     monkeypatch.setattr(model.model, "forward", lambda *args, **named: 1 / 0)
     with pytest.raises(StarLMError, match="The request failed: ZeroDivisionError"):
         list(Engine(model).submit(Request(tokens=[1, 2])))
-
-
-def test_impossible_requests(monkeypatch):
-    engine = Engine(MODELS["gated"], slots=2, max_context=50)
-    for wrong, message in (
-        ({"tokens": []}, "tokens must not be empty"),
-        ({"tokens": [VOCAB]}, f"tokens must be between 0 and {VOCAB - 1}"),
-        ({"max_tokens": -1}, "max_tokens must be 0 or more; got -1"),
-        ({"max_tokens": 49}, "together more than the 50 allowed"),
-        ({"n": 0}, "n must be 1 or more"),
-        ({"n": 3}, "at most the engine's 2 slots; got 3"),
-        ({"stop": ("a", "")}, "empty string"),
-        ({"logprobs": -1}, "logprobs must be 0 or more"),
-        ({"begin": "é".encode()[:1]}, "begin must be whole characters"),
-        ({"sampling": Sampling(logit_bias={VOCAB: 1.0})}, "logit_bias names token"),
-    ):
-        with pytest.raises(InputError, match=message):
-            engine.submit(Request(**{"tokens": [1, 2], "max_tokens": 5, **wrong}))
-    for wrong in ({"slots": 0}, {"prefill_chunk": 0}, {"queue": 0}, {"cache_bytes": -1}):
-        with pytest.raises(InputError, match=rf"{next(iter(wrong))} must be \d or more"):
-            Engine(MODELS["gated"], **wrong)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(InputError, match="decode state"):
-        engine.submit(Request(tokens=[1] * 30, max_tokens=5))
-    assert engine.stats().waiting == 0
 
 
 def test_on_a_thread():

@@ -55,7 +55,7 @@ def check_error(answer, status):
         ({**COMPLETION, "max_tokens": 1.5}, 400, "max_tokens: "),
         ({**COMPLETION, "max_tokens": True}, 400, "max_tokens: "),
         ({**COMPLETION, "max_tokens": 0}, 400, "max_tokens: "),
-        ({**COMPLETION, "max_tokens": 2**31 - 1}, 400, "of memory are free"),
+        ({**COMPLETION, "max_tokens": 2**31 - 1}, 400, "MiB of memory"),
         ({**COMPLETION, "n": 0}, 400, "n: "),
         ({**COMPLETION, "n": 33}, 400, "at most the engine's 32 slots"),
         ({**COMPLETION, "temperature": 2.5}, 400, "temperature: "),
