@@ -22,7 +22,7 @@ from starlm.device import pick_device
 from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
-from starlm.train.step import Step
+from starlm.train.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results" / "mqar"
 VOCAB, TRAIN_ROWS, TEST_ROWS, POWER = 8192, 100_000, 3_000, 0.99
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, rate: float) -> None:
     def loss(inputs: Tensor, labels: Tensor, first: Tensor) -> Tensor:
         return nn.functional.cross_entropy(*answers(model, inputs, labels, pairs))
 
-    train = Step(model, optimizer, loss)
+    train = TrainingStep(model, optimizer, loss)
     order, step, curve, began = np.random.default_rng(args.seed), 0, [], time.perf_counter()
     while step < horizon and (not curve or curve[-1][1] < 0.99):
         rows = torch.from_numpy(order.permutation(TRAIN_ROWS))

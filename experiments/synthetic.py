@@ -28,7 +28,7 @@ from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
-from starlm.train.step import Step
+from starlm.train.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results" / "synthetic"
 VOCAB, TRAINED, CHUNK = 512, 256, 4096
@@ -125,7 +125,7 @@ def main() -> None:
     model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
     model.to(pick_device(args.device))
     optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate, shift_lr=args.shift_rate))
-    train = Step(model, optimizers, lambda tokens, labels, first: model.loss(tokens, labels))
+    train = TrainingStep(model, optimizers, lambda tokens, labels, first: model.loss(tokens, labels))
     seen, steps, began = 0.0, 0, time.perf_counter()
     for step in range(args.steps):
         tokens, labels = (x.numpy() for x in task(rng, 32, TRAINED))

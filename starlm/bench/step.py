@@ -22,7 +22,7 @@ from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
-from starlm.train.step import Step
+from starlm.train.step import TrainingStep
 
 TRANSFORMER = "transformer"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,7 +69,7 @@ def _step(settings: dict[str, Any], options: TrainBenchOptions, length: int) -> 
         model = StarLM(config)
     # Without documents: only so does PyTorch take its fast kernels for attention.
     loss = torch.compile(_plain(model)) if options.compile else _plain(model)
-    step = Step(
+    step = TrainingStep(
         model,
         Optimizers(model, OptimConfig(), precision=options.dtype),
         loss,

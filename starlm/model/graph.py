@@ -27,7 +27,7 @@ class Graphs:
     """The graphs of one model, of which each is made when its number of slots first comes: a `Stepper`."""
 
     def __init__(self, model: Any, head: Tensor | None) -> None:
-        self.steps: dict[int, Step] = {}
+        self.steps: dict[int, RecordedStep] = {}
         self._lock = threading.Lock()
 
     @property
@@ -48,17 +48,17 @@ class Graphs:
         with self._lock, torch.cuda.device_of(weight):
             return self._of(places, rows, weight.device)(model, tokens, places, rows)
 
-    def _of(self, table: Tensor, origin: Tensor | None, device: torch.device) -> "Step":
+    def _of(self, table: Tensor, origin: Tensor | None, device: torch.device) -> "RecordedStep":
         """That for so many slots."""
         batch = table.shape[-1]
-        found = self.steps.pop(batch, None) or Step(table, origin, device)
+        found = self.steps.pop(batch, None) or RecordedStep(table, origin, device)
         self.steps[batch] = found
         if len(self.steps) > MOST:
             del self.steps[next(iter(self.steps))]
         return found
 
 
-class Step:
+class RecordedStep:
     """A step of so many slots: memory for what goes in, and the kernels that run on it."""
 
     def __init__(

@@ -29,7 +29,7 @@ from starlm.model.model import StarLM
 from starlm.train.config import TrainConfig
 from starlm.train.optim import Optimizers
 from starlm.train.run import Run
-from starlm.train.step import Step
+from starlm.train.step import TrainingStep
 
 Record = dict[str, Any]
 
@@ -96,7 +96,7 @@ class _Session:
         torch.manual_seed(config.seed)
         self.model = build(config.model).to(self.device)
         self.optimizers = Optimizers(self.model, config.optim, precision=self.precision)
-        self.step = Step(
+        self.step = TrainingStep(
             self.model,
             self.optimizers,
             torch.compile(self.model.loss) if config.compile else self.model.loss,

@@ -23,7 +23,7 @@ class Updates(Protocol):
         """Update every parameter from its gradient, and clear the gradients, without asking the GPU."""
 
 
-class Step:
+class TrainingStep:
     """Trains a model on one batch per call.
 
     A step of a small model is a thousand kernels of a few microseconds each, which Python cannot start as

@@ -11,7 +11,7 @@ from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
-from starlm.train.step import WARMUP, Step
+from starlm.train.step import WARMUP, TrainingStep
 
 STEPS = WARMUP + 4
 
@@ -29,7 +29,7 @@ def steps(model, device="cpu", schedule=OptimConfig(), **options):  # noqa: B008
     """Losses and norms of STEPS steps, and the model after them."""
     model = copy.deepcopy(model).to(device)
     optimizers = Optimizers(model, schedule)
-    step = Step(model, optimizers, model.loss, **{"precision": "float32", "clip": 1.0} | options)
+    step = TrainingStep(model, optimizers, model.loss, **{"precision": "float32", "clip": 1.0} | options)
     found = []
     for number, batch in enumerate(batches()):
         optimizers.schedule(number, STEPS)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_says_so(model):
         return model.loss(*args, **kwargs)
 
     model.cuda()
-    step = Step(model, Optimizers(model, OptimConfig()), loss)
+    step = TrainingStep(model, Optimizers(model, OptimConfig()), loss)
     *warm, batch = list(batches())[: WARMUP + 1]
     for each in warm:
         step(each)
@@ -115,7 +115,7 @@ def test_what_cannot_be_recorded_is_named(model):
         return model.loss(*args, **kwargs) * torch.ones(()).cuda().item()
 
     model.cuda()
-    step = Step(model, Optimizers(model, OptimConfig()), loss)
+    step = TrainingStep(model, Optimizers(model, OptimConfig()), loss)
     *warm, batch = list(batches())[: WARMUP + 1]
     for each in warm:
         step(each)
