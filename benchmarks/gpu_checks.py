@@ -34,10 +34,10 @@ from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.model.step import sizes_of
 from starlm.ops import anchors, triton_elementwise
-from starlm.ops import mix as mix_module
 from starlm.ops.box import box, prefix_sums
 from starlm.ops.cross_entropy import _softmax_loss, cross_entropy
 from starlm.ops.elementwise import relu2
+from starlm.ops.mix import mix
 from starlm.ops.plain import plain
 from starlm.ops.reference import deform_reference
 
@@ -234,7 +234,7 @@ def sums(device: str, length: int) -> None:
     shift, grad = torch.randn_like(values) * 4 + 8, torch.randn_like(values)
     leaf = values.requires_grad_()
     with gpu_kernels(device):
-        out = mix_module.mix(leaf, shift, None, None, near=0, boxes=1)
+        out = mix(leaf, shift, None, None, near=0, boxes=1)
         (got,) = torch.autograd.grad(out, leaf, grad)
     leaf = values.detach().double().cpu().requires_grad_()
     width = (shift.double().cpu() / 2).exp().clamp(min=1)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from starlm.nn.deformer import Deformer
-from starlm.ops import deform
-from starlm.ops import mix as mix_module
+from starlm.ops import backends, deform
 from starlm.ops.plain import plain
 from starlm.ops.reference import deform_reference
 
@@ -115,7 +114,7 @@ SHIFTS = 1e-4
 @contextmanager
 def gpu_kernels(device: str) -> Iterator[None]:
     """The layer's GPU kernels within; on a CPU, where the interpreter runs them, by force."""
-    with patch.object(mix_module, "_on_gpu", lambda _: True) if device == "cpu" else nullcontext():
+    with patch.object(backends, "on_gpu", lambda _: True) if device == "cpu" else nullcontext():
         yield
 
 

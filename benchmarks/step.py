@@ -47,7 +47,7 @@ SHORT_CUTS = {
     "loss in chunks": lambda: patch.object(model_module, "cross_entropy", plain_loss),
     "Muon in float32": lambda: patch.object(optim, "Muon", _pytorch_muon),
     "fused RMSNorm, relu²": lambda: patch.object(elementwise, "fuses", lambda x: False),
-    "fused layer": lambda: patch.object(deformer, "mixes", lambda values: False),
+    "fused layer": lambda: patch.object(deformer, "fuses", lambda values: False),
 }
 
 

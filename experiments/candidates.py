@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from starlm.nn.deformer import Deformer
 from starlm.nn.linear import init_matrix, linear
-from starlm.nn.norm import rms
 from starlm.ops import deform
 from starlm.ops.box import box, prefix_sums
 from starlm.ops.constants import BOX_SCALE
+from starlm.ops.elementwise import rms
 
 Origins = Mapping[int, Int[Tensor, "B T"]]
 

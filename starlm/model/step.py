@@ -20,10 +20,11 @@ from starlm.model.program import MOST_ROWS, Program
 from starlm.model.state import DecodeState, Mixer, StepInputs, row_layout
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block
-from starlm.nn.deformer import Deformer, step_kernel
+from starlm.nn.deformer import Deformer
 from starlm.nn.heads import LONGEST
 from starlm.nn.mlp import MLP
 from starlm.ops.anchors import longest
+from starlm.ops.backends import has_kernels
 from starlm.ops.plain import is_plain
 
 # Of what a model must be made; and blocks, also those of transformers.
@@ -174,7 +175,7 @@ class Parts:
         # Of other modules, adapters say, not all that matters is in their weights.
         known = all(type(m) in MODULES[device.type] or isinstance(m, Block) for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
-        return known and plain and dtype in step_kernel(device).DTYPES and len(self._modules[1]) > 0
+        return known and plain and has_kernels(device, dtype) and len(self._modules[1]) > 0
 
 
 def _agree(mixers: list[Mixer], known: list[int]) -> bool:
@@ -188,9 +189,9 @@ def _plain_head(head: Any, like: Tensor) -> Tensor | None:
     """The weight of a head that is nothing more than its weight, in the dtype and place of the others."""
     if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
         return None
-    weight, kernel = head.weight, step_kernel(like.device)
+    weight = head.weight
     same = weight.dtype == like.dtype and weight.device == like.device and weight.is_contiguous()
-    return weight if same and kernel is not None and weight.dtype in kernel.DTYPES else None
+    return weight if same and has_kernels(like.device, weight.dtype) else None
 
 
 def parts_of(model: Any) -> Parts:
@@ -222,7 +223,7 @@ def _wanted(device: torch.device, rows: int) -> bool:
     """Whether kernels may take the place of modules, for so many rows."""
     return (
         (device.type == "cuda" or rows <= MOST_ROWS)
-        and step_kernel(device) is not None
+        and has_kernels(device, torch.float32)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_plain()

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.nn.linear import init_matrix, linear
-from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
+from starlm.ops.elementwise import rms
 
 if TYPE_CHECKING:
     from starlm.ops.cpu_program import Code, Row

@@ -10,8 +10,8 @@ from starlm.nn.attention import Attention
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
-from starlm.nn.norm import rms
 from starlm.nn.state import LayerState
+from starlm.ops.elementwise import rms
 
 if TYPE_CHECKING:
     from starlm.ops.cpu_program import Code

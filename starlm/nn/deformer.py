@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,25 +12,18 @@ from torch import Tensor, nn
 from starlm.errors import InputError
 from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 from starlm.nn.linear import init_matrix, linear
-from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, Reserved
 from starlm.ops import deform
+from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.box import box, prefix_sums
 from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
-from starlm.ops.deform import HAS_TRITON
-from starlm.ops.mix import mix, mixes
+from starlm.ops.elementwise import rms
+from starlm.ops.mix import mix
 from starlm.ops.plain import is_plain
 from starlm.ops.reference import rows_read
 
 if TYPE_CHECKING:
     from starlm.ops.cpu_program import Code, Row
-
-
-def step_kernel(device: torch.device) -> Any:
-    """The module whose `step` runs one step of decoding in one call per layer; None if there is none."""
-    if device.type == "cpu":
-        return import_module("starlm.ops.cpu_step")  # numba takes half a second to import
-    return import_module("starlm.ops.triton_step") if device.type == "cuda" and HAS_TRITON else None
 
 
 class Reads(NamedTuple):
@@ -245,7 +237,7 @@ class Deformer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), gated; `stream` names its rows in the state."""
         if state is None:
-            if mixes(values):
+            if fuses(values):
                 return self._mix(values, shift, gate, first, origins)
         elif (stepped := self._step(stream, values, shift, gate, first, origins, state)) is not None:
             return stepped
@@ -305,21 +297,22 @@ class Deformer(nn.Module):
         fits = values.shape[1] >= 1 if on_cpu else values.shape[1] == 1
         if not fits or len(values) != len(state.slots) or state.rows_device not in (None, values.device):
             return None
-        if is_plain() or torch.compiler.is_compiling() or (kernel := step_kernel(values.device)) is None:
+        if is_plain() or torch.compiler.is_compiling() or not has_kernels(values.device, values.dtype):
             return None
         inputs = [x for x in (values, shift, gate) if x is not None]
-        if values.dtype not in kernel.DTYPES or any(x.dtype != values.dtype for x in inputs):
+        if any(x.dtype != values.dtype for x in inputs):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return None
         if (places := self.reserve(stream, values, first, state, count=values.shape[1])) is None:
             return None
+        kernels = load_kernels("step", values.device)
         if on_cpu:
             rows = [origins[n] for n in self.orders]
-            return kernel.step(values, shift, gate, rows, places, first=first, **self._step_layout)
+            return kernels.step(values, shift, gate, rows, places, first=first, **self._step_layout)
         origin = self._origin(origins)
         places = torch.from_numpy(places).to(values.device, non_blocking=True)
-        return kernel.step(
+        return kernels.step(
             values, shift, gate, None if origin is None else origin[:, 0], places, **self._step_layout
         )
 

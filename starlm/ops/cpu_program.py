@@ -157,7 +157,7 @@ class Code:
 
     def __init__(self, dtype: torch.dtype, width: int) -> None:
         """Args:
-        dtype: of weights and of the rows of a decode state, one of `starlm.ops.cpu_step.DTYPES`.
+        dtype: of weights and of the rows of a decode state, one of `starlm.ops.backends.CPU_DTYPES`.
         width: of the residual stream `x`.
         """
         self._dtype = dtype
@@ -326,7 +326,7 @@ def logits(x: Float[Tensor, "B K"], weight: Float[Tensor, "N K"], softcap: float
     """softcap tanh(x weight^T / softcap) of a few rows, in fp32; a softcap of 0 is none.
 
     Args:
-        x, weight: both of one of `starlm.ops.cpu_step.DTYPES`, weights contiguous.
+        x, weight: both of one of `starlm.ops.backends.CPU_DTYPES`, weights contiguous.
     """
     batch, (fan_out, fan_in) = len(x), weight.shape
     code = _head(Row(0, fan_in), Row(fan_in, fan_out), weight, softcap, normalise=False)

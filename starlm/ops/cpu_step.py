@@ -17,8 +17,6 @@ from starlm.ops.cpu_base import array, index, pointer, spread, store, widen
 from starlm.ops.cpu_math import ONE, ZERO, f32, jit, sigmoid
 from starlm.ops.cpu_mix import mean_of, place, reach
 
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 @jit
 def _normalise(values, channels, row):
@@ -133,7 +131,7 @@ def step(
     """Append rows to the buffers of each sequence, and `starlm.ops.mix` at those rows, heads side by side.
 
     Args:
-        values, shift, gate: of the new tokens, all of one of DTYPES.
+        values, shift, gate: of the new tokens, all of one of `starlm.ops.backends.CPU_DTYPES`.
         origins: for each anchored head the rows of its buffer, or -1.
         streams: of `now`, anchored and box heads: for each sequence the address of its buffer [S, heads of
             the kind, C], the rows that it has, with room for T more, and the first that the first of the new

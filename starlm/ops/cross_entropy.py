@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.ops.deform import HAS_TRITON
+from starlm.ops.backends import HAS_TRITON
 from starlm.ops.plain import is_plain
 
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.

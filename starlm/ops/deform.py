@@ -1,7 +1,6 @@
 """The public operator, and the one place where backends, autograd and torch.compile meet."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.backends import HAS_TRITON
 from starlm.ops.plain import is_plain
 from starlm.ops.reference import deform_reference
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-HAS_TRITON = find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -5,27 +5,13 @@ autocast each product behind RMSNorm rounds its result anew. Under torch.compile
 they should be.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import EPS
-from starlm.ops.deform import HAS_TRITON
 from starlm.ops.plain import is_plain
-
-KERNELS = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16) if HAS_TRITON else (),
-}
-
-
-def fuses(x: Tensor) -> bool:
-    """Whether fused kernels exist and pay: in fp32 or bf16 with a gradient to come; on a GPU always."""
-    if is_plain() or x.dtype not in KERNELS.get(x.device.type, ()):
-        return False
-    return x.device.type == "cuda" or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
@@ -36,14 +22,15 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
         cast: only products read the result: under autocast it comes in the dtype they take.
     """
     dtype, device = x.dtype, x.device.type
-    if cast and device in KERNELS and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    casts = cast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if casts and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     if not torch.compiler.is_compiling():
-        if fuses(x) and dtype in KERNELS[device]:
+        if fuses(x) and has_kernels(x.device, dtype):
             return _rms(x, dtype)
         if step and x.dtype == torch.float32 and device == "cpu" and not is_plain():
             # Behind large products, which empty the caches, PyTorch's several small calls take longer.
-            return _kernels(x).rms(x, EPS, x.dtype)
+            return load_kernels("elementwise", x.device).rms(x, EPS, x.dtype)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS).to(dtype)
 
 
@@ -56,31 +43,22 @@ def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 @torch.library.custom_op("starlm::rms", mutates_args=())
 def _rms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return _kernels(x).rms(x, EPS, dtype)
+    return load_kernels("elementwise", x.device).rms(x, EPS, dtype)
 
 
 @torch.library.custom_op("starlm::rms_backward", mutates_args=())
 def _rms_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return _kernels(x).rms_backward(grad, x, EPS)
+    return load_kernels("elementwise", x.device).rms_backward(grad, x, EPS)
 
 
 @torch.library.custom_op("starlm::relu2", mutates_args=())
 def _relu2(x: Tensor) -> Tensor:
-    return _kernels(x).relu2(x)
+    return load_kernels("elementwise", x.device).relu2(x)
 
 
 @torch.library.custom_op("starlm::relu2_backward", mutates_args=())
 def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return _kernels(x).relu2_backward(grad, x)
-
-
-def _kernels(x: Tensor) -> Any:
-    """The module of the kernels for the device of `x`."""
-    if x.device.type == "cpu":
-        from starlm.ops import cpu_elementwise as kernels
-    else:
-        from starlm.ops import triton_elementwise as kernels
-    return kernels
+    return load_kernels("elementwise", x.device).relu2_backward(grad, x)
 
 
 def _save(ctx, inputs, output):

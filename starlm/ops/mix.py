@@ -6,33 +6,13 @@ fit the cache, and as many again in the backward pass. The result here is the sa
 """
 
 import math
-from importlib import import_module
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from starlm.errors import InputError
-from starlm.ops.deform import HAS_TRITON
-from starlm.ops.plain import is_plain
-
-CPU_DTYPES = torch.float32, torch.bfloat16
-GPU_DTYPES = *CPU_DTYPES, torch.float16
-
-
-def mixes(values: Tensor) -> bool:
-    """Whether `mix` has kernels for these values, and they pay: on a CPU where a gradient is to come."""
-    if is_plain():
-        return False
-    if _on_gpu(values.device):
-        return HAS_TRITON and values.dtype in GPU_DTYPES
-    on_cpu = values.device.type == "cpu" and values.dtype in CPU_DTYPES
-    return on_cpu and torch.is_grad_enabled() and values.requires_grad
-
-
-def _on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
+from starlm.ops.backends import has_kernels, load_kernels
 
 
 def mix(
@@ -66,7 +46,7 @@ def mix(
     """
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
-    if dtype not in (GPU_DTYPES if _on_gpu(values.device) else CPU_DTYPES):
+    if not has_kernels(values.device, dtype):
         raise InputError(
             f"mix computes in float32 or bfloat16, on a GPU in float16 too; got values {values.dtype}, shift "
             f"{shift.dtype}, on {values.device}. Compose it from deform and box."
@@ -90,7 +70,8 @@ def _mix(
     boxes: int,
     furthest: float,
 ) -> Tensor:
-    return _kernels(values.device).forward(values, shift, gate, origin, first, near, boxes, furthest)
+    kernels = load_kernels("mix", values.device)
+    return kernels.forward(values, shift, gate, origin, first, near, boxes, furthest)
 
 
 @torch.library.custom_op("starlm::mix_backward", mutates_args=())
@@ -105,12 +86,8 @@ def _mix_backward(
     boxes: int,
     furthest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(values.device).backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
-
-
-def _kernels(device: torch.device) -> Any:
-    """The module of the fused kernels; numba and triton take half a second to import."""
-    return import_module("starlm.ops.triton_mix" if _on_gpu(device) else "starlm.ops.cpu_mix")
+    kernels = load_kernels("mix", values.device)
+    return kernels.backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
 
 
 @_mix.register_fake

@@ -16,7 +16,6 @@ from torch import Tensor
 from starlm.ops import constants
 from starlm.ops.triton import _locate
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOW, ANCHORED, BOX = map(tl.constexpr, (constants.NOW, constants.ANCHORED, constants.BOX))
 EPS, BOX_SCALE = tl.constexpr(constants.EPS), tl.constexpr(float(constants.BOX_SCALE))
 
@@ -139,7 +138,7 @@ def step(
     Called again with the same arguments it writes the same again.
 
     Args:
-        values, shift, gate: of the new token, all of one of DTYPES, on one GPU.
+        values, shift, gate: of the new token, all of one of `starlm.ops.backends.GPU_DTYPES`, on one GPU.
         origin: for each anchored head the row of its buffer, or -1, int64.
         streams: as for `starlm.ops.cpu_step.step`, int64, with addresses on that GPU.
         heads, near, boxes, max_shift: as there.

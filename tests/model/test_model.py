@@ -9,7 +9,7 @@ from relations import assert_causal, assert_close
 
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
-from starlm.nn.norm import rms
+from starlm.ops.elementwise import rms
 
 ALL = [*KINDS, *BOUNDED]
 

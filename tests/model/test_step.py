@@ -222,12 +222,10 @@ def test_weights_that_change(device):
     decode()
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("star", "max_shift"), ("window", "window")])
-def test_settings_that_change(device, stepper, kind, setting):
+@with_steppers("star", "window")
+def test_settings_that_change(device, kind):
     """After the first step, in which they are written down."""
-    if kind == "window" and stepper != "program":
-        pytest.skip("graphs are of Deformers alone")
-    model = model_on(device, kind)
+    model, setting = model_on(device, kind), "max_shift" if kind == "star" else "window"
     check(model, model.new_state(), [tokens_on(device, 0)], 12)
     setattr(model.blocks[0].mixer, setting, 3)
     check(model, model.new_state(), [tokens_on(device, 0)], 12)

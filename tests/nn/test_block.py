@@ -9,7 +9,7 @@ from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer
 from starlm.nn.linear import init_matrix, linear
 from starlm.nn.mlp import MLP
-from starlm.nn.norm import rms
+from starlm.ops.elementwise import rms
 
 D = 16
 

@@ -6,10 +6,10 @@ from relations import assert_close, randomise
 
 from starlm.nn import deformer as module
 from starlm.nn.deformer import Deformer
-from starlm.nn.norm import rms
 from starlm.nn.state import LayerState, Streams
 from starlm.ops import anchors, longest
 from starlm.ops.constants import BOX_SCALE
+from starlm.ops.elementwise import rms
 
 B, T, D, H = 2, 23, 16, 8
 KINDS = ("now", "token", "box", "bigram", "longest", "now", "box", "token")

@@ -8,6 +8,7 @@ import torch
 from starlm.nn.deformer import Deformer
 from starlm.nn.state import LayerState, Streams
 from starlm.ops import cpu_step, deform, plain
+from starlm.ops.backends import CPU_DTYPES
 from starlm.ops.box import box, prefix_sums
 
 H, C, ROLLBACK = 3, 5, 2
@@ -133,7 +134,7 @@ def test_a_step_in_one_call_is_what_the_definition_says(dtype, max_shift, packed
     monkeypatch.setattr(cpu_step, "step", lambda *args, **named: calls.append(1) or kernel(*args, **named))
     first = inputs(dtype)[2] if packed else None
     got = step(layer, state, dtype, first)
-    assert len(calls) == (dtype in cpu_step.DTYPES)
+    assert len(calls) == (dtype in CPU_DTYPES)
     with plain():
         wanted = step(layer, state, dtype, first)
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5

@@ -4,7 +4,6 @@ TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted_triton_mix.py
 """
 
 import math
-import sys
 
 import pytest
 import torch
@@ -12,10 +11,12 @@ from oracle import assert_same
 from test_mix import composed, problem, results
 
 from starlm.nn.deformer import Deformer
+from starlm.ops import backends
 from starlm.ops import triton as helpers
 from starlm.ops import triton_mix as host
 from starlm.ops import triton_mix_kernels as kernels
-from starlm.ops.mix import mix, mixes
+from starlm.ops.backends import fuses
+from starlm.ops.mix import mix
 from starlm.ops.plain import plain
 
 assert helpers.INTERPRETED, "set TRITON_INTERPRET=1"
@@ -24,7 +25,6 @@ assert helpers.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"
 )
-MODULE = sys.modules["starlm.ops.mix"]
 NAMES = ("out", "dvalues", "dshift", "dgate")
 # One unit in the last place: the interpreter cuts off what a GPU rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -34,7 +34,7 @@ ALL = (1, 2, 1)
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
-    monkeypatch.setattr(MODULE, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(backends, "on_gpu", lambda device: True)
 
 
 def compare(inputs, options, tolerance=2e-5):
@@ -204,10 +204,10 @@ def test_registration(gated):
 
 def test_which_values_are_mixed():
     values = torch.zeros(1)
-    assert all(mixes(values.to(x)) for x in (torch.float32, torch.bfloat16, torch.float16))
-    assert not mixes(values.double())
+    assert all(fuses(values.to(x)) for x in (torch.float32, torch.bfloat16, torch.float16))
+    assert not fuses(values.double())
     with plain():
-        assert not mixes(values)
+        assert not fuses(values)
 
 
 @pytest.mark.parametrize("preset", ["product", "value", "gated", "star"])

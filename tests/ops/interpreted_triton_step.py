@@ -15,6 +15,7 @@ from test_cpu_step import buffers, sequence, step, table
 
 from starlm.ops import triton as kernels
 from starlm.ops import triton_step
+from starlm.ops.backends import GPU_DTYPES
 
 assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
 
@@ -77,7 +78,7 @@ def test_kinds_of_heads(kinds, channels):
     compare([1, 17, 3], kinds, channels)
 
 
-@pytest.mark.parametrize("dtype", triton_step.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_dtypes(dtype, gated):
     compare([1, 30], (1, 1, 1), 5, dtype=dtype, gated=gated)

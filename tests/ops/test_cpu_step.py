@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starlm.ops import cpu_step
+from starlm.ops.backends import CPU_DTYPES
 from starlm.ops.box import prefix_sums
 from starlm.ops.mix import mix
 
@@ -53,7 +54,7 @@ def table(kept, starts, new=1):
     channels=st.integers(1, 9),
     gated=st.booleans(),
     max_shift=st.sampled_from([None, 0, 3, 1000]),
-    dtype=st.sampled_from(cpu_step.DTYPES),
+    dtype=st.sampled_from(CPU_DTYPES),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=150)

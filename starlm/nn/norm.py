@@ -1,5 +1,0 @@
-"""RMSNorm without parameters."""
-
-from starlm.ops.elementwise import rms
-
-__all__ = ["rms"]

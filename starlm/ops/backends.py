@@ -1,0 +1,38 @@
+"""Which kernels of our own there are, in which dtypes, and where they take the place of compositions."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starlm.ops.plain import is_plain
+
+HAS_TRITON = find_spec("triton") is not None
+CPU_DTYPES = torch.float32, torch.bfloat16
+GPU_DTYPES = *CPU_DTYPES, torch.float16
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether Triton's kernels are those for this device; otherwise it is the CPU's, if any."""
+    return device.type == "cuda"
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer, its normalisation and its MLP have kernels there."""
+    if on_gpu(device):
+        return HAS_TRITON and dtype in GPU_DTYPES
+    return device.type == "cpu" and dtype in CPU_DTYPES
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether kernels take x, and pay: on a CPU only where a gradient is to come."""
+    if is_plain() or not has_kernels(x.device, x.dtype):
+        return False
+    return on_gpu(x.device) or (torch.is_grad_enabled() and x.requires_grad)
+
+
+def load_kernels(name: str, device: torch.device) -> Any:
+    """The module of these kernels for the device; numba and triton take half a second to import."""
+    return import_module(f"starlm.ops.{'triton' if on_gpu(device) else 'cpu'}_{name}")
