@@ -6,9 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from jaxtyping import install_import_hook
-from numba.core.caching import IndexDataCacheFile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -49,18 +47,6 @@ SHAPE_CHECKED = [
     "starlm.model.state",
 ]
 _checks_shapes = pytest.StashKey[bool]()
-
-# Two workers that compile a kernel for different dtypes at the same time may give both the same file, and
-# then run the one for the other: numba writes its index without a lock (numba issue 4807).
-_save_kernel = IndexDataCacheFile.save
-
-
-def _save_kernel_alone(self, key, data):
-    with FileLock(f"{self._index_path}.lock"):
-        _save_kernel(self, key, data)
-
-
-IndexDataCacheFile.save = _save_kernel_alone
 
 # What `with torch.device(...)` moves is listed at its first use: that must not meet the replaced torch.empty.
 with torch.device("meta"):

@@ -15,7 +15,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from filelock import FileLock
 from numba.core import cgutils, event
+from numba.core.caching import IndexDataCacheFile
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -36,16 +38,26 @@ def _stamp() -> str:
 _STAMP = _stamp()
 
 
-def kernel(**options: Any) -> Any:
-    """A decorator that compiles a function with numba's options, and keeps it on disk.
+class _Kept(IndexDataCacheFile):
+    """What is compiled of one function, on disk: as long as no kernel's code changes, one writer at a time.
 
     Functions are compiled into those that call them, but numba looks only whether a function's own file has
-    changed: here one that is kept goes with the code of all kernels.
+    changed. And of two processes that write, one may run what the other has compiled for another dtype (numba
+    issue 4807).
     """
+
+    def save(self, key, data):
+        with FileLock(f"{self._index_path}.lock"):
+            super().save(key, data)
+
+
+def kernel(**options: Any) -> Any:
+    """A decorator that compiles a function with numba's options, and keeps it on disk."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher: Any = numba.njit(cache=True, error_model="numpy", **options)(function)
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        cache = dispatcher._cache
+        cache._cache_file = _Kept(cache._cache_path, cache._impl.filename_base, _STAMP)
         return dispatcher
 
     return decorate

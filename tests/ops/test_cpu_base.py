@@ -12,6 +12,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
+from numba.core.caching import IndexDataCacheFile
 
 import starlm
 from starlm.ops import cpu_base
@@ -162,6 +164,21 @@ print(out[0], _finish.stats.cache_hits.total())
     changed = called.read_text().replace("return less / (less + TWO)", "return TWO * less / (less + TWO)")
     called.write_text(changed)
     assert run() == (pytest.approx(2 * np.tanh(1)), 0)
+
+
+def test_kernels_are_written_by_one_process_at_a_time(monkeypatch, tmp_path):
+    held = []
+
+    def save(self, key, data):
+        with pytest.raises(Timeout):
+            FileLock(f"{self._index_path}.lock", timeout=0).acquire()
+        held.append(key)
+
+    monkeypatch.setattr(IndexDataCacheFile, "save", save)
+    kept = cpu_base.jit(lambda x: x)._cache._cache_file
+    monkeypatch.setattr(kept, "_index_path", str(tmp_path / "index"))
+    kept.save("a key", None)
+    assert held == ["a key"]
 
 
 def test_functions_of_others_compile_beside_kernels():
