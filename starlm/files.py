@@ -19,13 +19,16 @@ _FULL = {
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`, atomically and durably.
+    """Replace the file at `path` by `data`, atomically and durably; write into a device or pipe.
 
     Raises:
         InputError: the disk is full or the folder is not writable; the old file is untouched.
     """
     partial = _beside(path, "partial")
     with readable_os_errors(path):
+        if path.is_char_device() or path.is_fifo():
+            path.write_bytes(data)
+            return
         settle(path)
         try:
             with partial.open("wb") as file:

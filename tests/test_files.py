@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def fail(error):
 
 def full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    """As /dev/stdout and /dev/null are, which root could replace."""
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, b"whole")
+    reader.join()
+    assert got == [b"whole"]
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_folder_appears_whole(tmp_path):
