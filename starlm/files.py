@@ -24,19 +24,21 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         InputError: the disk is full or the folder is not writable; the old file is untouched.
     """
-    partial = _beside(path, "partial")
     with readable_os_errors(path):
-        if path.is_char_device() or path.is_fifo():
-            path.write_bytes(data)
+        # Of a link it is the file behind it.
+        place = path.resolve()
+        if place.is_char_device() or place.is_fifo():
+            place.write_bytes(data)
             return
-        settle(path)
+        settle(place)
+        partial = _beside(place, "partial")
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-            sync(path.parent)
+            partial.replace(place)
+            sync(place.parent)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -56,6 +56,14 @@ def test_a_pipe_is_written_into(tmp_path):
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+def test_of_a_link_the_file_behind_it_is_replaced(tmp_path):
+    (tmp_path / "page").write_text("old")
+    (tmp_path / "link").symlink_to("page")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page").read_bytes() == b"new"
+
+
 def test_a_folder_appears_whole(tmp_path):
     with whole_folder(tmp_path / "a" / "b") as folder:
         fill(folder, x="1")

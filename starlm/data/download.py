@@ -92,9 +92,11 @@ def _address(url: str) -> str:
         parts = urlsplit(url)
         if not (parts.hostname and parts.port != 0):
             raise ValueError("it names no server")
+        # As it is written: `hostname` is in lower case.
+        host = re.sub(r":\d*$", "", parts.netloc.rpartition("@")[2])
         return urlunsplit(
             parts._replace(
-                netloc=parts.netloc.encode("idna").decode(),
+                netloc=parts.netloc.replace(host, host.encode("idna").decode()),
                 path=quote(parts.path, safe=_AS_IT_IS),
                 query=quote(parts.query, safe=_AS_IT_IS),
             )

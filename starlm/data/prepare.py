@@ -45,6 +45,8 @@ _BATCH = 1 << 22
 _TOO_MUCH, _USUAL = 3, 0.05
 # Bytes of a character at most: no document of a single one is to be cut.
 _CHARACTER = 4
+# Characters of a line that may always go to validation whole.
+_LINE = 1000
 # How many of the documents that were passed over are named.
 _NAMED = 10
 _OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
@@ -122,7 +124,9 @@ def prepare(
     if tokenizer is None:
         check_vocab_size(vocab_size)
     out = Path(out)
-    if not out.exists():
+    with readable_os_errors(out):
+        there = out.exists()
+    if not there:
         check_place(out)
     files = _find(sources, report)
     if skip_unreadable:
@@ -281,9 +285,10 @@ def _halves(document: Document, fraction: float) -> Iterator[tuple[str, Document
             f"validation. Name more sources."
         )
     cut = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
-    # The line that holds the cut goes to validation, unless there is no other.
+    # The line that holds the cut goes to validation, unless it is long or there is no other.
     line = text.rfind("\n", 0, cut) + 1
-    cut = line or cut
+    if line and len(text) - line <= 2 * (len(text) - cut) + _LINE:
+        cut = line
     yield "train", Document(text=text[:cut], source=document.source)
     yield "validation", Document(text=text[cut:], source=document.source)
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +65,14 @@ class _Prompt:
     stream: Stream
     answers: list[Answer]
     state: DecodeState | None = None
+
+
+def _bytes(rows: Sequence[int]) -> int:
+    """Memory for decode states of so many bytes of rows each.
+
+    Buffers double when they are full, old and new together for a moment.
+    """
+    return 2 * sum(rows) + max(rows, default=0)
 
 
 class Engine:
@@ -167,6 +176,8 @@ class Engine:
         self, requests: Sequence[tuple[Request, Callable[[Piece], object] | None]]
     ) -> list[Stream]:
         """All of these requests or none; each with its `on_piece`, and errors as of `submit`."""
+        if not requests:
+            return []
         if len(requests) > self._queue:
             raise InputError(
                 f"{len(requests)} prompts at once are more than the {self._queue} that may wait. Send fewer "
@@ -266,29 +277,31 @@ class Engine:
 
     def _check_memory(self, prompts: Sequence[_Prompt]) -> None:
         """Refuse what does not fit beside all that the engine has taken on; under the lock."""
-        new = [self._rows(prompt.stream.request) for prompt in prompts]
-        # Buffers double when they are full, old and new together for a moment: three times the rows.
-        needed = 2 * sum(new) + max(new)
         held = [*self._running.values(), *filter(None, [self._reading and self._reading.state])]
         free = free_memory(self._device) + sum(state.num_bytes for state in held)
+        rows = [one for stream in self._streams() for one in self._rows(stream.request)]
+        for request in (prompt.stream.request for prompt in prompts):
+            own = self._rows(request)
+            if _bytes(own) > free:
+                raise InputError(
+                    f"The prompt and the answer ({len(request.tokens) + request.max_tokens} tokens) need "
+                    f"about {_bytes(own) / 2**20:.0f} MiB of decode state, and there are "
+                    f"{free / 2**20:.0f} MiB of memory. Shorten the prompt, ask for fewer tokens, or use a "
+                    f"model with a smaller max_shift, whose memory is constant."
+                )
+            rows += own
+        # Of those that wait, the longest may come to run together.
+        needed = _bytes(nlargest(self.slots, rows))
         if needed > free:
-            request = max((prompt.stream.request for prompt in prompts), key=self._rows)
-            raise InputError(
-                f"The prompt and the answer ({len(request.tokens) + request.max_tokens} tokens) need about "
-                f"{needed / 2**20:.0f} MiB of decode state, and there are {free / 2**20:.0f} MiB of memory. "
-                f"Shorten the prompt, ask for fewer tokens, or use a model with a smaller max_shift, whose "
-                f"memory is constant."
-            )
-        promised = sum(2 * self._rows(stream.request) for stream in self._streams())
-        if needed + promised > free:
             raise QueueFull(
-                f"Requests that were accepted before may need {promised / 2**20:.0f} MiB of decode state, "
-                f"this one {needed / 2**20:.0f}, and there are {free / 2**20:.0f}. Try again later."
+                f"With the requests that were accepted before, {needed / 2**20:.0f} MiB of decode state may "
+                f"be needed, and there are {free / 2**20:.0f}. Try again later."
             )
 
-    def _rows(self, request: Request) -> int:
-        """Bytes of the rows of all answers to a request, at their longest."""
-        return request.n * self.model.model.state_bytes(len(request.tokens) + request.max_tokens)
+    def _rows(self, request: Request) -> list[int]:
+        """Bytes of the rows of each answer to a request, at its longest."""
+        each = self.model.model.state_bytes(len(request.tokens) + request.max_tokens)
+        return [each] * (request.n if request.max_tokens else 0)
 
     def _next(self) -> _Prompt | None:
         """The prompt to read, if there is one and slots for its answers."""

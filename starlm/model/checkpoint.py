@@ -112,7 +112,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
-        path.chmod(mode)
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
     except SafetensorError as error:
         # The library reports a full disk as text; the caller wants the OSError that it was.
         code = re.search(r"os error (\d+)", str(error))

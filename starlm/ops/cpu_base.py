@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,36 @@ def _stamp() -> str:
     digest, folder = hashlib.sha256(), Path(__file__).parent
     for path in sorted([*folder.glob("cpu*.py"), folder / "ngrams.py", folder / "constants.py"]):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 _STAMP = _stamp()
 
 
 class _Kept(IndexDataCacheFile):
-    """What is compiled of one function, on disk: as long as no kernel's code changes, one writer at a time.
+    """What is compiled of one function, on disk, as long as no kernel's code changes.
 
     Functions are compiled into those that call them, but numba looks only whether a function's own file has
-    changed. And of two processes that write, one may run what the other has compiled for another dtype (numba
-    issue 4807).
+    changed. With the code of all in the files' names, whatever an index names is either of this code or not
+    there yet, and then compiled. And one process writes at a time: of two, one would run what the other has
+    compiled for another dtype (numba issue 4807).
     """
+
+    def __init__(self, folder: str, name: str) -> None:
+        super().__init__(folder, f"{name}.{_STAMP}", _STAMP)
 
     def save(self, key, data):
         with FileLock(f"{self._index_path}.lock"):
             super().save(key, data)
+            _forget_others(Path(self._cache_path))
+
+
+@cache
+def _forget_others(folder: Path) -> None:
+    """Remove what was compiled of other code; a process that still runs it compiles it anew."""
+    for path in folder.glob("*.nb[ci]*"):
+        if _STAMP not in path.name:
+            path.unlink(missing_ok=True)
 
 
 def kernel(**options: Any) -> Any:
@@ -56,8 +70,9 @@ def kernel(**options: Any) -> Any:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher: Any = numba.njit(cache=True, error_model="numpy", **options)(function)
-        cache = dispatcher._cache
-        cache._cache_file = _Kept(cache._cache_path, cache._impl.filename_base, _STAMP)
+        # With NUMBA_DISABLE_JIT it is the function itself.
+        if (kept := getattr(dispatcher, "_cache", None)) is not None:
+            kept._cache_file = _Kept(kept._cache_path, kept._impl.filename_base)
         return dispatcher
 
     return decorate

@@ -96,7 +96,7 @@ def product(weight, bias, x, scales, then, cap, out, begin, end):
     if batch % 2:
         for n in range(begin, end):
             sums[batch - 1, n - begin] = _by_one(weight[n], x[batch - 1])
-    else:
+    elif batch:
         for n in range(begin, end):
             s, t = _by_two(weight[n], x[batch - 2], x[batch - 1])
             sums[batch - 2, n - begin], sums[batch - 1, n - begin] = s, t

@@ -176,7 +176,12 @@ def test_addresses_of_other_letters(server):
         path, _ = fetch(source + hashlib.sha256(b"a text").hexdigest() if source.endswith("=") else source)
         assert (path.name, path.read_bytes()) == ("ü_b.txt", b"a text")
     assert server.asked[-1][0] == "/%C3%BC%20b.txt?gr%C3%B6%C3%9Fe=1&b=%20"
-    assert download._address("https://bücher.example:80/") == "https://xn--bcher-kva.example:80/"
+    for host, wanted in {
+        "bücher.example:80": "xn--bcher-kva.example:80",
+        "ein@пример.рф:8080": "ein@xn--e1afmkfd.xn--p1ai:8080",
+        "[::1]:80": "[::1]:80",
+    }.items():
+        assert download._address(f"https://{host}/") == f"https://{wanted}/"
 
 
 @pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/x.txt"])

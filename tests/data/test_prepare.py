@@ -135,6 +135,13 @@ def test_of_few_documents_the_longest_are_divided(tmp_path, lines, fraction):
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
+def test_a_long_line_is_divided(tmp_path):
+    """Minified code behind its licence."""
+    source = write(tmp_path / "text", code="a licence\n" + "x += 1;" * 10_000)
+    report = prepare([source], tmp_path / "out", vocab_size=270, validation_fraction=0.1)
+    assert report.bytes == {"train": 63_009, "validation": 7_001}
+
+
 def test_short_held_out_documents_stay_whole(tmp_path):
     """Of those that make validation too large, the long ones are cut."""
     names = sorted("abcdef", key=lambda name: position_of(f"{name}.txt"))

@@ -84,10 +84,21 @@ def test_memory_is_promised_once(monkeypatch, running):
     if running:
         engine.step()
         assert free(None) < 5 * rows
-    for many in (1, 2):
+    for many in (1, 2, 4):
         with pytest.raises(QueueFull, match=r"accepted before.*Try again later"):
             engine.submit_all([(request, None)] * many)
     assert len(engine._streams()) == 2
     streams[0].cancel()
     engine.submit(request)
     assert all(list(stream)[-1].finish for stream in streams)
+
+
+def test_only_what_can_run_together_needs_memory(monkeypatch):
+    request = Request(tokens=prompt(1, 20), max_tokens=80, sampling=GREEDY)
+    engine = Engine(MODELS["star"], slots=1, cache_bytes=0)
+    rows = engine.model.model.state_bytes(len(request.tokens) + 80)
+    monkeypatch.setattr(module, "free_memory", lambda device: 3 * rows)
+    streams = [engine.submit(request) for _ in range(5)] + engine.submit_all([(request, None)] * 5)
+    assert engine.submit_all([]) == []
+    assert engine.submit(Request(tokens=[1] * 10_000, max_tokens=0)).done
+    assert len({tuple(p.tokens[0].id for p in stream if p.tokens) for stream in streams}) == 1

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from starlm.ops import cpu_program, cpu_tickets
+from starlm.ops.backends import CPU_DTYPES as DTYPES
 from starlm.ops.cpu_product import ADD, RELU2, STORE
-from starlm.ops.cpu_step import DTYPES
 
 THEN = {STORE: lambda old, new: new, ADD: torch.add, RELU2: lambda old, new: torch.relu(new).square()}
 
@@ -188,3 +188,7 @@ def test_attention(past, first, window, turned, dtype, seed):
 def turn(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def test_logits_of_no_rows():
+    assert cpu_program.logits(torch.zeros(0, 8), torch.randn(5, 8), 15.0).shape == (0, 5)

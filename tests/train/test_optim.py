@@ -104,6 +104,12 @@ def test_a_matrix_moves_by_its_orthogonalised_momentum():
     assert checked == 3 * 2 * (4 + 2)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_matrices_are_orthogonalised_in_the_precision_of_the_run(precision):
+    optimizers = Optimizers(make_model(), OptimConfig(), precision=precision)
+    assert optimizers.muon.dtype == getattr(torch, precision)
+
+
 def test_the_rest_moves_as_adam_says():
     for name, full in (("head.weight", 0.02 * SCALE), ("embedding.weight", 0.3 * SCALE)):
         model = make_model()
