@@ -246,13 +246,15 @@ def test_other_settings_are_refused(config, change, part):
 def test_what_auto_has_chosen_stays(config, monkeypatch):
     """On another machine, or where a measurement comes out otherwise."""
     seen, made = [], loop.Optimizers
+
+    def remembered(*args, **named):
+        seen.append(made(*args, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "Optimizers", remembered)
     for fast in (True, False):
         monkeypatch.setattr(run_module, "has_bfloat16", lambda device, fast=fast: fast)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                loop, "Optimizers", lambda *args, **named: seen.append(made(*args, **named)) or seen[-1]
-            )
-            train(config(steps=4 if fast else 8, precision="auto"))
+        train(config(steps=4 if fast else 8, precision="auto"))
         assert read_config(config().out).precision == "bfloat16"
     assert [optimizers.muon.dtype for optimizers in seen] == [torch.bfloat16] * 2
     plans = [record for record in Run(config(precision="auto")).records() if record["kind"] == "plan"]
