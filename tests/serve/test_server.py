@@ -171,8 +171,9 @@ def test_time_is_up(hasty):
 
 
 def test_a_full_queue(limited):
-    with Open(limited, {**LONG, "stream": True}, headers=KEY) as first:
-        first.read()
+    with Open(limited, {**LONG, "stream": True}, headers=KEY):
+        # Its headers come while it still waits itself.
+        wait_for(lambda: running(limited, headers=KEY) == (1, 0))
         with Open(limited, LONG, headers=KEY):
             wait_for(lambda: running(limited, headers=KEY) == (1, 1))
             answer = limited.post("/v1/completions", LONG, headers=KEY)
