@@ -2,7 +2,8 @@
 
 Launched one by one from Python, the kernels of a step take many times as long as the weights take to be read.
 A graph replays them, with the same addresses each time: so token ids, origins and the table of the slots'
-buffers (`DecodeState.reserve`) are copied into memory that stays, and what was computed is copied out of it.
+buffers (`DecodeState.step_table`) are copied into memory that stays, and what was computed is copied out of
+it.
 """
 
 import threading

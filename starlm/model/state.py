@@ -48,7 +48,7 @@ class StepInputs(NamedTuple):
 
     tokens: Int[Tensor, "B 1"]
     table: Int[np.ndarray, "L S 3 3 B"]
-    """See `DecodeState.reserve`."""
+    """See `DecodeState.step_table`."""
     origin: Int[np.ndarray, "B A"]
     """For each anchored head the row that shift 0 reads, or -1."""
 
@@ -111,8 +111,8 @@ class Slot:
             for layer in self.layers:
                 layer.clear()
 
-    def reserve(self, mixers: Sequence[Mixer], like: Tensor, layout: tuple) -> Places | None:
-        """Room for one more token, of which each of `mixers` writes its rows; see `DecodeState.reserve`."""
+    def make_places(self, mixers: Sequence[Mixer], like: Tensor, layout: tuple) -> Places | None:
+        """Room for one more token, whose rows each of `mixers` writes; see `DecodeState.step_table`."""
         places = self.places
         if places is not None and self.length < places.full and places.layout == layout:
             return places
@@ -122,7 +122,7 @@ class Slot:
         for mixer, streams, of_layer in zip(mixers, self.layers, table, strict=True):
             layer = LayerState([streams], [self.length])
             for stream, place in zip(mixer.streams, of_layer, strict=False):
-                found = mixer.reserve(stream, like, row_0, layer)
+                found = mixer.make_room(stream, like, row_0, layer)
                 if found is None:
                     return None
                 place[:] = found[..., 0]
@@ -205,10 +205,10 @@ class DecodeState:
         columns = zip(*(slot.layers for slot in self.slots), strict=True)
         return [LayerState(streams, lengths, place, starts) for streams in columns]
 
-    def reserve(
+    def step_table(
         self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Int[np.ndarray, "B"]
     ) -> Int[np.ndarray, "L S 3 3 B"] | None:
-        """Room for one more token in every slot, in all layers at once: what `Deformer.reserve` says of each.
+        """Room for one more token in every slot: what `Deformer.make_room` says, of all layers at once.
 
         Zeros for streams that a layer has fewer than another. None if a slot holds rows of another dtype,
         device or shape.
@@ -219,7 +219,7 @@ class DecodeState:
             layout: `row_layout` of the mixers and `like`.
             starts: for each slot the first row that its token may read.
         """
-        found = [slot.reserve(mixers, like, layout) for slot in self.slots]
+        found = [slot.make_places(mixers, like, layout) for slot in self.slots]
         there = tuple(places for places in found if places is not None)
         if len(there) < len(found):
             return None

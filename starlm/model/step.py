@@ -60,7 +60,7 @@ def step(
     if first is not None:
         first = first.cpu()
     starts = np.array([slot.first for slot in state.slots] if first is None else first[:, 0].tolist())
-    table = state.reserve(parts.mixers, model.embedding.weight, parts.layout, starts)
+    table = state.step_table(parts.mixers, model.embedding.weight, parts.layout, starts)
     if table is None:
         return None
     origin = np.empty((len(tokens), 0), np.int64)

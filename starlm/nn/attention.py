@@ -94,16 +94,16 @@ class Attention(nn.Module):
         """As `Deformer.row_layout`."""
         return self.query.out_features, self.heads, self.rope_base, self.window
 
-    def reserve(
+    def make_room(
         self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState
     ) -> Int[np.ndarray, "3 3 B"] | None:
-        """As `Deformer.reserve`: of keys, values, and nothing.
+        """As `Deformer.make_room`: of keys, values, and nothing.
 
         Args:
             stream: the only one of `streams`.
         """
         row = like.new_empty(0, self.heads, self.query.out_features // self.heads)
-        found = [state.reserve(name, self._keep, row, first) for name in ("key", "value")]
+        found = [state.make_room(name, self._keep, row, first) for name in ("key", "value")]
         keys, values = found
         if keys is None or values is None:
             return None

@@ -10,7 +10,7 @@ from starlm.nn.attention import Attention
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.mlp import MLP
-from starlm.nn.state import LayerState
+from starlm.nn.state import LayerState, Reserved
 from starlm.ops.elementwise import rms
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Block(nn.Module):
         *,
         first: Int[Tensor, "B T"] | None = None,
         origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
-        state: LayerState | None = None,
+        state: LayerState | Reserved | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
         step = state is not None
@@ -48,7 +48,7 @@ class Block(nn.Module):
 def through(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "B T D"],
-    layers: Sequence[LayerState | None],
+    layers: Sequence[LayerState | Reserved | None],
     *,
     first: Int[Tensor, "B T"] | None = None,
     origins: Mapping[int, Int[Tensor, "B T"]] | None = None,

@@ -172,7 +172,7 @@ class Deformer(nn.Module):
         *,
         first: Int[Tensor, "B T"] | None = None,
         origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
-        state: LayerState | None = None,
+        state: LayerState | Reserved | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of x.
 
@@ -233,9 +233,14 @@ class Deformer(nn.Module):
         gate: Float[Tensor, "B T D"] | None,
         first: Int[Tensor, "B T"] | None,
         origins: Mapping[int, Int[Tensor, "B T"]],
-        state: LayerState | None,
+        state: LayerState | Reserved | None,
     ) -> Float[Tensor, "B T D"]:
         """What every head reads of rms(values), gated; `stream` names its rows in the state."""
+        if isinstance(state, Reserved):
+            from starlm.ops import triton_step  # triton takes half a second to import
+
+            place = state.streams[self.streams.index(stream)]
+            return triton_step.step(values, shift, gate, state.origin, place, **self._step_layout)
         if state is None:
             if fuses(values):
                 return self._mix(values, shift, gate, first, origins)
@@ -288,11 +293,6 @@ class Deformer(nn.Module):
 
     def _step(self, stream, values, shift, gate, first, origins, state) -> Float[Tensor, "B T D"] | None:
         """`_read` of new tokens of all slots in one go, on a GPU one of each; None where that cannot be."""
-        if isinstance(state, Reserved):
-            from starlm.ops import triton_step
-
-            place = state.streams[self.streams.index(stream)]
-            return triton_step.step(values, shift, gate, state.origin, place, **self._step_layout)
         on_cpu = values.device.type == "cpu"
         fits = values.shape[1] >= 1 if on_cpu else values.shape[1] == 1
         if not fits or len(values) != len(state.slots) or state.rows_device not in (None, values.device):
@@ -304,7 +304,7 @@ class Deformer(nn.Module):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return None
-        if (places := self.reserve(stream, values, first, state, count=values.shape[1])) is None:
+        if (places := self.make_room(stream, values, first, state, count=values.shape[1])) is None:
             return None
         kernels = load_kernels("step", values.device)
         if on_cpu:
@@ -320,7 +320,7 @@ class Deformer(nn.Module):
     def _step_layout(self) -> dict[str, Any]:
         return {**self._counts, "heads": self.heads, "max_shift": self.max_shift}
 
-    def reserve(
+    def make_room(
         self,
         stream: str,
         like: Tensor,
@@ -349,7 +349,7 @@ class Deformer(nn.Module):
                 keep, sums = None if name == "anchored" else self.max_shift, name == "box"
                 span, dtype = self.spans[name], torch.float64 if sums else like.dtype
                 row = like.new_empty(0, span.stop - span.start, self.dim // self.heads, dtype=dtype)
-                found = state.reserve(f"{stream}.{name}", keep, row, first, count=count, sums=sums)
+                found = state.make_room(f"{stream}.{name}", keep, row, first, count=count, sums=sums)
                 if found is None:
                     return None
                 places[kind] = found

@@ -1,6 +1,7 @@
 """What layers remember while decoding: named streams of rows, for each sequence (slot) its own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ class Streams:
 class LayerState:
     """The slots of one layer during one call of the model: each of B sequences has its own streams.
 
-    All but `reserve` append the rows of T new tokens to a stream of every slot. `first` holds absolute rows,
-    as for `Deformer.forward`.
+    All but `make_room` append the rows of T new tokens to a stream of every slot. `first` holds absolute
+    rows, as for `Deformer.forward`.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class LayerState:
             found.append(torch.nn.functional.pad(part, (0, 0, 0, 0, missing, 0)))
         return _joined(found)
 
-    def reserve(
+    def make_room(
         self,
         stream: str,
         keep: int | None,
@@ -201,19 +202,14 @@ class LayerState:
         return np.array([addresses, pasts, starts - np.array(bases)])
 
 
-class Reserved(LayerState):
-    """A layer's part of a step of decoding that `Deformer.reserve` has made room for: all that kernels need.
+@dataclass(frozen=True, eq=False)
+class Reserved:
+    """What a Deformer is given in place of a `LayerState` where its rows have been made room for before."""
 
-    Only Deformers know what to do with it.
-    """
-
-    def __init__(self, streams: Int[Tensor, "S 3 3 B"], origin: Int[Tensor, "B A"] | None) -> None:
-        """Args:
-        streams: of each of the layer's streams what `Deformer.reserve` says, on the model's device.
-        origin: the row that shift 0 of each anchored head reads; -1 for none.
-        """
-        super().__init__([], [])
-        self.streams, self.origin = streams, origin
+    streams: Int[Tensor, "S 3 3 B"]
+    """Of each of the layer's streams what `Deformer.make_room` says, on the model's device."""
+    origin: Int[Tensor, "B A"] | None
+    """The row that shift 0 of each anchored head reads; -1 for none."""
 
 
 def _sums(keep: int | None) -> int | None:

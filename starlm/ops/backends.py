@@ -27,10 +27,8 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether kernels take x, and pay: on a CPU only where a gradient is to come."""
-    if is_plain() or not has_kernels(x.device, x.dtype):
-        return False
-    return on_gpu(x.device) or (torch.is_grad_enabled() and x.requires_grad)
+    """Whether kernels take x in place of a composition."""
+    return not is_plain() and has_kernels(x.device, x.dtype)
 
 
 def load_kernels(name: str, device: torch.device) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import EPS
-from starlm.ops.plain import is_plain
 
 
 def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
@@ -25,12 +24,10 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
     casts = cast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if casts and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if not torch.compiler.is_compiling():
-        if fuses(x) and has_kernels(x.device, dtype):
-            return _rms(x, dtype)
-        if step and x.dtype == torch.float32 and device == "cpu" and not is_plain():
-            # Behind large products, which empty the caches, PyTorch's several small calls take longer.
-            return load_kernels("elementwise", x.device).rms(x, EPS, x.dtype)
+    if not torch.compiler.is_compiling() and fuses(x) and has_kernels(x.device, dtype):
+        if step and not (torch.is_grad_enabled() and x.requires_grad):
+            return load_kernels("elementwise", x.device).rms(x, EPS, dtype)
+        return _rms(x, dtype)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=EPS).to(dtype)
 
 

@@ -416,7 +416,7 @@ def test_a_state_of_another_model_is_refused(device):
         mixers, weight = [block.mixer for block in model.blocks], model.embedding.weight
         assert len(mixers) == len(one.blocks)
         assert (
-            state.reserve(mixers, weight, row_layout(mixers, weight), np.zeros(1, np.int64)) is not None
+            state.step_table(mixers, weight, row_layout(mixers, weight), np.zeros(1, np.int64)) is not None
         ) == fits
 
 

@@ -10,7 +10,7 @@ from relations import assert_causal, assert_close, randomise, unchecked
 from starlm.errors import InputError
 from starlm.nn import deformer as module
 from starlm.nn.deformer import Deformer
-from starlm.ops import deform
+from starlm.ops import deform, plain
 from starlm.ops.reference import deform_reference
 
 PRESETS = ("product", "value", "gated")
@@ -86,7 +86,8 @@ def test_causal(preset):
 def test_causality_check_rejects_one_row_ahead(preset, monkeypatch):
     monkeypatch.setattr(module, "deform", lambda values, *args, **kw: deform(values.roll(-1, 1), *args, **kw))
     layer = randomise(Deformer(D, H, preset=preset))
-    with pytest.raises(AssertionError, match="knows its future"):
+    # Composed from `deform`: the fused step has tests of its own.
+    with plain(), pytest.raises(AssertionError, match="knows its future"):
         assert_causal(layer, *torch.randn(2, B, T, D), cuts=range(T - 1))
 
 
@@ -109,8 +110,8 @@ def test_shift_in_bf16_keeps_its_fraction():
         seen["dtype"] = shift.dtype
         return deform(values, shift, **options)
 
-    # With a gradient to come the fused step is taken; it has tests of its own.
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    # Composed from `deform`: the fused step has tests of its own.
+    with pytest.MonkeyPatch.context() as patch, plain():
         patch.setattr(module, "deform", spy)
         assert layer(torch.randn(B, T, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen["dtype"] == torch.float32

@@ -188,17 +188,17 @@ def test_room_for_a_row():
     for length in range(6000):
         slots[0].get("stream", 6).append(torch.ones(1, H, C), length)
     state.lengths = [6000, 0]
-    addresses, pasts, starts = state.reserve("stream", 6, like, first)
+    addresses, pasts, starts = state.make_room("stream", 6, like, first)
     base = slots[0].rows["stream"].base
     assert 0 < base < 5990
     assert [row.rows["stream"].data.data_ptr() for row in slots] == addresses.tolist()
     assert pasts.tolist() == [6000 - base, 0]
     assert starts.tolist() == [5990 - base, 1]
     sums = LayerState([Streams(ROLLBACK)], [0])
-    addresses, pasts, _ = sums.reserve("sums", 0, like.double(), None, sums=True)
+    addresses, pasts, _ = sums.make_room("sums", 0, like.double(), None, sums=True)
     assert pasts.tolist() == [1]
     assert not sums.slots[0].rows["sums"].row(0).any()
-    assert state.reserve("stream", 6, like.double(), None) is None
+    assert state.make_room("stream", 6, like.double(), None) is None
 
 
 def test_recent_rows():

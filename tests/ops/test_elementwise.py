@@ -104,12 +104,9 @@ def test_where_kernels_are_taken(monkeypatch):
     assert fuses(x)
     assert fuses(x.bfloat16())
     assert not fuses(x.double())
-    assert not fuses(x.detach())
-    with torch.no_grad():
-        assert not fuses(x)
+    assert not fuses(x.half())
     with plain():
         assert not fuses(x)
-    # On a GPU, where each kernel less counts, also without a gradient: in a step of decoding.
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     with FakeTensorMode():
         there = torch.empty(2, 3, dtype=BF16, device="cuda")
