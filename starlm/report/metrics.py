@@ -21,7 +21,7 @@ class RunMetrics:
     name: str
     folder: Path
     config: Record = field(default_factory=dict)
-    """run.toml as plain values; empty without one."""
+    """run.toml as plain values, with what follows from the depth as the plan has it; empty without one."""
     plan: Record = field(default_factory=dict)
     """The last session's plan."""
     steps: list[Record] = field(default_factory=list)
@@ -83,6 +83,8 @@ def read_run(folder: Path) -> RunMetrics:
             found[record["kind"], record["step"], record.get("prompt")] = record
     if not found and not run.plan:
         raise InputError(f"{path} has no record yet. Wait for the first step, then write the report again.")
+    if "model" in run.config:
+        run.config["model"] |= run.plan.get("model", {})
     records = sorted(found.values(), key=lambda record: record["step"])
     run.steps = _of_kind(records, "step")
     run.validations = _of_kind(records, "validation")

@@ -203,6 +203,8 @@ class _Session:
             steps=self.config.num_steps,
             start_step=self.start,
             matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
+            # Where the settings say 0, as follows from the depth.
+            model={"dim": self.config.model.width, "heads": self.config.model.num_heads},
             parameters=self.config.model.num_parameters,
             flops_per_token=self.config.model.flops_per_token(),
             device=str(self.device),

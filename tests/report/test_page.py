@@ -111,6 +111,18 @@ def test_comparison(tmp_path, write_run):
     assert "var(--series-1" in path.read_text()
 
 
+def test_what_follows_from_the_depth_is_compared_too(tmp_path, write_run):
+    settings = "[model]\ndim = 0\ndepth = 4\n"
+    runs = [
+        write_run(tmp_path / "a", settings=settings, model={"dim": 256, "heads": 8}),
+        write_run(tmp_path / "b", settings=settings.replace("4", "6"), model={"dim": 384, "heads": 12}),
+        write_run(tmp_path / "older", settings=settings),
+    ]
+    markdown = write_report(runs).with_suffix(".md").read_text()
+    assert "| model.dim | 256 | 384 | 0 |" in markdown
+    assert "| model.heads | 8 | 12 | – |" in markdown
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path, write_run):
     runs = [write_run(tmp_path / folder / "demo") for folder in "ab"]
     markdown = write_report(runs, tmp_path / "x.html").with_suffix(".md").read_text()
