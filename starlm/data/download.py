@@ -125,9 +125,12 @@ def _download(url: str, path: Path, report: Progress) -> None:
             problem = str(getattr(error, "reason", "") or error or type(error).__name__)
         failures = 1 if _size(partial) > before else failures + 1
         if failures >= ATTEMPTS:
+            # Without a tag nobody knows whether what comes next belongs to what came.
+            kept = _size(partial) if _tag(partial).exists() else 0
+            again = f": it goes on after the {kept:,} bytes that came" if kept else ""
             raise InputError(
                 f"{url} could not be fetched: {problem}. Check the address and the network, then run the "
-                f"same command again: it goes on after the {_size(partial):,} bytes that came."
+                f"same command again{again}."
             )
         time.sleep(_PAUSE * 2 ** (failures - 1))
     with readable_os_errors(path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from starlm.model.checkpoint import AUTO_MAP, write_remote_code
+from starlm.model.checkpoint import AUTO_MAP, check_untied, write_remote_code
 from starlm.model.config import StarLMConfig
 from starlm.settings import from_dict, to_dict
 
@@ -41,6 +41,7 @@ class StarLMHFConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.bos_token_id = self.eos_token_id = self.pad_token_id = None
         self.auto_map = dict(AUTO_MAP)
+        check_untied(renamed.get("tie_word_embeddings"), "the config")
         super().__post_init__(**renamed)
 
     @property

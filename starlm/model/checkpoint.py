@@ -29,9 +29,11 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)$")
 # Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
 _HF_KEYS = {
-    "architectures", "auto_map", "bos_token_id", "chat", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pad_token_id", "problem_type", "return_dict", "transformers_version", "use_cache",
+    "architectures", "auto_map", "bos_token_id", "chat", "chunk_size_feed_forward", "cls_token_id",
+    "decoder_start_token_id", "dtype", "eos_token_id", "id2label", "is_encoder_decoder",
+    "keys_to_ignore_at_inference", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "problem_type", "return_dict", "sep_token_id", "task_specific_params",
+    "tie_word_embeddings", "tokenizer_class", "transformers_version", "use_cache",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 # What only training that goes on reads; who shares a model leaves it out.
@@ -231,11 +233,26 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     folder = find_checkpoint(path)
     verify(folder)
     where = str(folder / "config.json")
-    values = {k: v for k, v in read_json(folder / "config.json").items() if k not in _HF_KEYS}
+    written = read_json(folder / "config.json")
+    check_untied(written.get("tie_word_embeddings"), where)
+    values = {k: v for k, v in written.items() if k not in _HF_KEYS}
     with torch.device("meta"):
         model = StarLM(from_dict(StarLMConfig, values, where=where))
     load_weights(model, folder, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def check_untied(tied: Any, where: str) -> None:
+    """Refuse a model whose head would be its embedding.
+
+    Raises:
+        InputError: `tied`, what tie_word_embeddings is in `where`, is true.
+    """
+    if tied:
+        raise InputError(
+            f"tie_word_embeddings is true in {where}, and StarLM's embedding and head are two matrices. "
+            f"Leave it out."
+        )
 
 
 def load_weights(model: StarLM, folder: Path, *, assign: bool = False) -> None:

@@ -141,7 +141,8 @@ class StarLMConfig:
         parts = self.num_parameters
         weights = parts["total"] - parts["embedding"]
         length = length or self.context
-        # Rows that a query sees on average.
-        seen = {"A": length / 2, "W": min(self.attention_window, length / 2)}
+        # Rows that a query sees on average: half of those in a window, until it is full.
+        window = min(self.attention_window, length)
+        seen = {"A": length / 2, "W": window - window * window / (2 * length)}
         attended = sum(seen.get(kind, 0) for kind in self.layer_kinds)
         return 6 * weights + round(12 * self.width * attended)

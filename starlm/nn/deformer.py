@@ -275,7 +275,8 @@ class Deformer(nn.Module):
                 z = nn.functional.softplus(z)
                 z = z if self.max_shift is None else z.clamp(max=self.max_shift)
             elif name == "box":
-                z = (z / 2).exp()
+                # What is above is wider than any text; its exponential would be infinite, its gradient NaN.
+                z = (z / 2).clamp(max=40).exp()
                 z = (z if self.max_shift is None else z.clamp(max=self.max_shift)).clamp(min=1)
             distances[name] = z
         return distances

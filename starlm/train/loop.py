@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,16 @@ class _Session:
             workers=config.workers,
         )
         self.model.train()
+        if 0 < self.start < horizon:
+            # Of a run that was killed behind its last checkpoint, and is longer now.
+            self._look({record["kind"] for record in self.run.records() if record.get("step") == self.start})
         with closing(loader.batches(self.start)) as batches, _stop_signal() as stopped:
             while self.done < horizon:
                 self._step(next(batches))
                 # At the end, what only looks at the model comes behind the checkpoint: an interruption there
                 # costs nothing.
-                if self.done < horizon and self._is_due(config.eval_every):
-                    self._validate()
-                if self.done < horizon and self._is_due(config.sample_every):
-                    self._sample()
+                if self.done < horizon:
+                    self._look()
                 save = stopped() or self.done == horizon or self._is_due(config.save_every)
                 if save:
                     self._save()
@@ -154,6 +155,13 @@ class _Session:
         # Here `tokens` are those of training.
         result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(self.run.checkpoint(horizon))}
         return self._emit("end", seconds=self.seconds, **result)
+
+    def _look(self, done: Set[str] = frozenset()) -> None:
+        """Validate and write samples, what of it is due and not among the kinds of records `done`."""
+        if self._is_due(self.config.eval_every) and "validation" not in done:
+            self._validate()
+        if self._is_due(self.config.sample_every) and "sample" not in done:
+            self._sample()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0

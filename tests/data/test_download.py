@@ -46,7 +46,8 @@ class Files(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         else:
             self.send_response(200)
-        self.send_header("ETag", etag)
+        if server.tagged:
+            self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(content) - begin))
         self.end_headers()
         if fault == "cut":
@@ -62,6 +63,7 @@ class Files(BaseHTTPRequestHandler):
 def serve(handler):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.files, server.faults, server.asked, server.ranges = {"/file.txt": TEXT}, [], [], True
+    server.tagged = True
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
@@ -116,6 +118,12 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(server):
         fetch(f"{server.url}/file.txt")
     server.files["/file.txt"], server.faults = TEXT[::-1], []
     assert fetch(f"{server.url}/file.txt")[0].read_bytes() == TEXT[::-1]
+
+
+def test_without_a_tag_nothing_is_promised(server):
+    server.tagged, server.faults = False, ["cut", *[503] * download.ATTEMPTS]
+    with pytest.raises(InputError, match="run the same command again\\.$"):
+        fetch(f"{server.url}/file.txt")
 
 
 def test_a_server_without_ranges(server):

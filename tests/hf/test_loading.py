@@ -172,11 +172,25 @@ def test_the_config_is_that_of_starlm():
         StarLMHFConfig(preset="moon")
 
 
+def test_tied_embeddings_are_refused(tmp_path):
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        StarLMHFConfig(tie_word_embeddings=True)
+    _, wrapper = make_pair("gated", dtype=torch.float32)
+    wrapper.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        load_model(tmp_path)
+
+
 def test_every_key_that_transformers_writes_is_known_to_the_reader(tmp_path):
     """Values other than the defaults, because transformers leaves those out."""
     written = json.loads(PreTrainedConfig().to_json_string(use_diff=False)).keys()
     assert written - {"_name_or_path"} <= checkpoint._HF_KEYS
     model, wrapper = make_pair("gated", dtype=torch.float32)
+    wrapper.config.update(
+        {"tie_word_embeddings": False, "sep_token_id": 3, "tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     wrapper.config.update(
         {"use_cache": False, "num_labels": 3, "problem_type": "regression", "return_dict": False}
     )

@@ -192,6 +192,25 @@ def test_packed_is_separate(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ALL)
+def test_who_goes_on_does_not_notice_that_a_neighbour_begins_anew(kind):
+    """Behind a cache: one row begins a document, the others go on with theirs, packed or behind padding."""
+    model, wrapper = make_pair(kind)
+    tokens, more = make_tokens(3, 6), make_tokens(3, 3)
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[2, :2] = 0
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]])
+    cache = wrapper(tokens, attention_mask=mask, position_ids=positions, use_cache=True).cache
+    starts = torch.tensor([0, 3, 4])
+    for row in range(3):
+        # The second call has no starts to give, and goes on with what the first has left behind.
+        found = wrapper(more[:, row : row + 1], position_ids=starts[:, None] + row, cache=cache).logits
+        for slot, begin in enumerate((6, 3, 2)):
+            whole = torch.cat([tokens[slot, begin:], more[slot, : row + 1]])[None]
+            torch.testing.assert_close(found[slot], model(whole)[0, -1:], msg=f"row {row} of slot {slot}")
+
+
+@torch.no_grad()
 def test_packed_behind_padding():
     model, wrapper = make_pair("star")
     documents = [make_tokens(n) for n in (5, 6)]

@@ -111,6 +111,9 @@ def test_flops_per_token():
     weights = 100 * 32 + 4 * (4 + 8) * 32 * 32 + 2 * 32
     assert config.flops_per_token() == 6 * weights + 2 * (3 * 2 * 2 * 32 * 64 // 2)
     assert config.flops_per_token(128) - config.flops_per_token() == 2 * (3 * 2 * 2 * 32 * 32)
+    # In a window of 16 the first 16 queries see 8 rows on average, the other 48 all 16.
+    windowed = StarLMConfig(depth=4, dim=32, heads=2, vocab_size=100, layers="DW", attention_window=16)
+    assert windowed.flops_per_token(64) == 6 * weights + round(2 * 3 * 2 * 2 * 32 * (16 * 8 + 48 * 16) / 64)
     linear = StarLMConfig(depth=4, dim=32, heads=2, vocab_size=100)
     assert linear.flops_per_token(10**6) == linear.flops_per_token(1)
 

@@ -7,7 +7,7 @@ from relations import assert_causal, assert_close, randomise
 from starlm.errors import InputError
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import STAR, kinds_of_heads, lookups, order_of
-from starlm.ops import anchors
+from starlm.ops import anchors, plain
 from starlm.ops.reference import deform_reference
 
 B, T, D, H = 2, 30, 16, 8
@@ -55,6 +55,16 @@ def formula(layer, x, tokens, first=None):
         heads.append(read)
     y = torch.cat(heads, dim=2).flatten(-2) / (1 + torch.exp(-x @ weights["gate.weight"].T))
     return y @ weights["out.weight"].T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_window_beyond_every_number_has_a_gradient(dtype):
+    layer = randomise(Deformer(8, 1, kinds=("box",))).to(dtype)
+    torch.nn.init.constant_(layer.shift.bias, 4000.0)
+    with plain():
+        layer(torch.randn(1, 5, 8, dtype=dtype)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert layer.shift.bias.grad.eq(0).all()
 
 
 @torch.no_grad()

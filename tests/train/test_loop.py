@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -381,6 +382,21 @@ def test_the_last_checkpoint_is_there_before_the_last_evaluation(config, monkeyp
     end = train(settings)
     assert end["bits_per_byte"] > 0
     assert list(losses_of(settings.out)) == list(range(1, 9))
+
+
+def test_what_a_kill_has_kept_from_being_looked_at_is_looked_at_when_the_run_becomes_longer(config):
+    def die(record):
+        if record["kind"] == "checkpoint" and record["step"] == 4:
+            crash()
+
+    settings = config(steps=4, eval_every=2, sample_every=4, sample_prompts=("def ",))
+    with pytest.raises(Crash):
+        train(settings, on_record=die)
+    longer = replace(settings, steps=8)
+    train(longer)
+    seen = [(record["kind"], record["step"]) for record in records_of(settings.out)]
+    assert [step for kind, step in seen if kind == "validation"] == [2, 4, 6, 8]
+    assert [step for kind, step in seen if kind == "sample"] == [4, 8]
 
 
 def test_a_second_signal_acts_at_once(config):
