@@ -189,7 +189,7 @@ def readable_os_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 f"Cannot write {path}: a folder has that name. Choose another name, or remove the folder."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise InputError(
                 f"Cannot write {path}: {error.strerror}. Choose a folder that you may write to."
             ) from error

@@ -8,7 +8,9 @@ request when the one before is answered. Prompts are random tokens, no two alike
 """
 
 import http.client
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ import numpy as np
 from starlm.bench.config import ServeBenchOptions
 from starlm.bench.grid import command, load
 from starlm.errors import StarLMError
+
+# Seconds within which a client can read and parse what has come already, and no model makes a token.
+_TOGETHER = 1e-4
 
 
 def main(options: ServeBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def main(options: ServeBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
             f"{options.describe()}, load {before}; milliseconds: median and 99th percentile\n\n"
             f"{'prompt':>9}{'clients':>9}{'first token':>20}{'between tokens':>20}{'tokens/s':>12}"
         )
-        for length, clients in product(options.prompt_tokens, options.clients):
+        for length, clients in itertools.product(options.prompt_tokens, options.clients):
             prompts = draw.integers(9, vocab, (clients, options.requests, length))
             found = _load(port, prompts, options.tokens)
             rows.append({"prompt_tokens": length, "clients": clients, **found})
@@ -104,18 +108,33 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": float(p50), "p99": float(p99)}
 
 
+def gaps(came: list[float]) -> list[float]:
+    """Seconds between tokens that came at these times.
+
+    Those that a client found waiting, one right behind the other, share the time since those before.
+    """
+    reads: list[list[float]] = []
+    for at, before in zip(came, [-math.inf, *came], strict=False):
+        if at - before < _TOGETHER:
+            reads[-1].append(at)
+        else:
+            reads.append([at])
+    pairs = itertools.pairwise(reads)
+    return [(now[0] - before[0]) / len(now) for before, now in pairs for _ in now]
+
+
 def _ask(port: int, prompt: list[int], tokens: int, times: _Times) -> None:
     """One streamed completion."""
     body = {"model": "bench", "prompt": prompt, "max_tokens": tokens, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
-        last = began = time.perf_counter()
+        began = time.perf_counter()
         data = json.dumps({**body, "stream_options": {"include_usage": True}})
         connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise StarLMError(f"The server answered {answer.status}: {answer.read().decode()}")
-        came = 0
+        came: list[float] = []
         for line in answer:
             now = time.perf_counter()
             if not line.startswith(b"data: {"):
@@ -124,8 +143,9 @@ def _ask(port: int, prompt: list[int], tokens: int, times: _Times) -> None:
             if event["usage"]:
                 times.tokens += event["usage"]["completion_tokens"]
             elif event["choices"][0]["text"]:
-                (times.between if came else times.first).append(now - (last if came else began))
-                last, came = now, came + 1
+                came.append(now)
+        times.first += [at - began for at in came[:1]]
+        times.between += gaps(came)
     finally:
         connection.close()
 

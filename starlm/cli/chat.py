@@ -52,8 +52,8 @@ class ChatOptions:
     save: Path | None = None
     """File that the conversation is written to after every answer (JSON)."""
     conversation: Literal["auto", "template", "plain"] = "auto"
-    """How it is written: by the checkpoint's chat_template.jinja (template), as one text that the model
-    continues (plain), or by what the model was trained on (auto: `"chat"` in its config.json)."""
+    """By the checkpoint's chat_template.jinja (template), as one text to continue (plain), or as the model
+    was trained (auto, by "chat" in its config.json)."""
     max_tokens: int = 512
     """At most this many new tokens per answer."""
     temperature: float = 0.8

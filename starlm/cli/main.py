@@ -162,7 +162,7 @@ def _overview(group: str = "") -> str:
 def _explain(error: Exception) -> tuple[str, int]:
     """One paragraph and the exit code for an error."""
     if isinstance(error, StarLMError):
-        return f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", error.exit_code
+        return f"{'' if error.exit_code == 130 else 'error: '}{error}", error.exit_code
     text = " ".join(str(error).split())
     if _is_out_of_memory(error):
         return (

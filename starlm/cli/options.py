@@ -1,8 +1,10 @@
 """Options of a verb: defaults < preset < TOML file < command line, resolved in one place for all verbs."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
 
@@ -13,6 +15,14 @@ from starlm.settings import from_dict, read_toml, to_dict, to_toml
 
 if TYPE_CHECKING:
     from starlm.cli.console import Console
+
+# Further lines of a field's docstring come from docstring_parser with their indentation, at which tyro breaks
+# the help in mid-sentence. Where a later version has nothing of this name, help is as it makes it.
+with suppress(ImportError, AttributeError):
+    from docstring_parser import attrdoc
+
+    _raw = attrdoc.ast_get_constant_value
+    attrdoc.ast_get_constant_value = lambda node: cleandoc(_raw(node))
 
 O = TypeVar("O")  # noqa: E741
 Layer = Mapping[str, Any]

@@ -11,6 +11,7 @@ from starlm.cli.console import Console, piped
 from starlm.cli.data import VOCABULARIES, source_list
 from starlm.cli.options import Verb
 from starlm.errors import InputError
+from starlm.files import readable_os_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
 
     check_vocab_size(options.vocab_size)
     sources = source_list(options.sources)
-    if not options.out.parent.is_dir():
-        raise InputError(f"There is no folder {options.out.parent} to write {options.out.name} in. Make it.")
+    with readable_os_errors(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     size = documents = 0
     with console.progress() as progress:
         files = embedded_corpus() if sources == "embedded" else find_files(local(sources, progress))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from starlm.errors import InputError
 
@@ -86,6 +86,10 @@ def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]
     if not root.exists():
         raise InputError(f"There is no file or folder {root}. Check the path.")
     if not root.is_dir():
+        if not root.is_file():
+            raise InputError(
+                f"{root} is no file but a pipe or a device. Write its content into a file first."
+            )
         if not suffix_of(root.name):
             raise InputError(
                 f"{root} cannot be read as documents: supported are {_supported()}. Convert the file, or "
@@ -104,8 +108,10 @@ def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]
         visited.add(resolved)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in exclude)
         for name in names:
-            if not name.startswith(".") and suffix_of(name):
-                path = Path(folder, name)
+            path = Path(folder, name)
+            # Reading a pipe would wait for ever. A link that leads nowhere is for the reader to complain of.
+            pipe = path.exists() and not path.is_file()
+            if not name.startswith(".") and suffix_of(name) and not pipe:
                 files.append((path.relative_to(root).parts, path))
     for parts, path in sorted(files):
         yield path, "/".join(parts)
@@ -249,22 +255,29 @@ def _text_of_line(line: bytes, text_field: str, place: str) -> str:
     try:
         # The first line may begin with a byte order mark.
         record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place} is not text in UTF-8: at byte {error.start} of the line there is "
+            f"0x{line[error.start]:02x}. Convert the file to UTF-8, or take the line out."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{place} is not JSON: {error}. Each line of a .jsonl file must be one JSON object; mend the "
             f"line or take it out."
         ) from None
-    if not isinstance(record, dict) or text_field not in record:
-        has = f"the keys {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict):
         raise InputError(
-            f'{place} has no key "{text_field}"; it has {has}. Name the key that holds the text with '
-            f"text_field."
+            f"{place} is not a JSON object: it begins with {line[:20].decode(errors='replace')!r}. Each line "
+            f'of a .jsonl file must be one, such as {{"{text_field}": "..."}}.'
+        )
+    if text_field not in record:
+        raise InputError(
+            f'{place} has no key "{text_field}"; it has the keys {", ".join(record)}. {_which_text(record)}'
         )
     text = record[text_field]
     if not isinstance(text, str | None):
         raise InputError(
-            f'{place}: the key "{text_field}" holds {type(text).__name__}, not text. Name the key that holds '
-            f"the text with text_field."
+            f'{place}: the key "{text_field}" holds {type(text).__name__}, not text. {_which_text(record)}'
         )
     text = text or ""
     try:
@@ -275,6 +288,15 @@ def _text_of_line(line: bytes, text_field: str, place: str) -> str:
             f"which is no character. Mend the line or take it out."
         ) from None
     return text
+
+
+def _which_text(record: dict[str, Any]) -> str:
+    if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in record.values()):
+        return (
+            "starlm train reads plain texts. For conversations, fine-tune a checkpoint with TRL (README, "
+            "Hugging Face), or write each as one text."
+        )
+    return "Name the key that holds the text with text_field."
 
 
 def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:

@@ -55,6 +55,9 @@ def local(sources: Iterable[str | Path], report: Progress) -> list[Path]:
             found.append(_file(source, report))
         elif isinstance(source, str) and source.lower().startswith("hf:"):
             found += _dataset(source, report)
+        elif source == "":
+            # As a path it would be the current folder, with all that is in it.
+            raise InputError("A source is empty. Name a file or a folder; the current one is called '.'.")
         else:
             found.append(Path(source))
     return found

@@ -46,6 +46,8 @@ PATTERN = (
 _PIECE = 1 << 20
 # PATTERN always splits between a line end and a non-space, so a text may be cut there without a trace.
 _CUT = re.compile(r"\n(?=\S)")
+# Training costs the square of a word's length. What runs on like this is no word: DNA, a ruler, blank lines.
+_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|_){256}|\s{256}")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -120,7 +122,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        parts = (part for text in texts for piece in _pieces(text) for part in _short_runs(piece))
+        inner.train_from_iterator(parts, trainer)
         # For readers of tokenizer.json other than this class: a text is a document, and begins with bos.
         inner.post_processor = processors.TemplateProcessing(
             single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], inner.token_to_id(SPECIAL[0]))]
@@ -282,6 +285,14 @@ class TextStream:
     def flush(self) -> str:
         """U+FFFD if a character was left unfinished, otherwise nothing; then the stream is as new."""
         return self._decoder.decode(b"", final=True)
+
+
+def _short_runs(text: str) -> Iterator[str]:
+    begin = 0
+    for run in _RUN.finditer(text):
+        yield text[begin : run.end()]
+        begin = run.end()
+    yield text[begin:]
 
 
 def _pieces(text: str) -> Iterator[str]:

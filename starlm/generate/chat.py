@@ -155,8 +155,8 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
             )
         except Exception as error:  # What a template does can fail in any way.
             raise InputError(
-                f"The model's chat template does not take this conversation: {error}. Change the messages, "
-                f"or take --conversation plain."
+                f"The model's chat template does not take this conversation: {f'{error}'.rstrip('.')}. "
+                f"Change the messages; who runs the model may take --conversation plain."
             ) from None
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.

@@ -99,6 +99,10 @@ class TextModel:
         Raises:
             InputError: impossible options, or a prompt whose decode state does not fit into memory.
         """
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"The prompt must be text; got {type(prompt).__name__}. For several, ask one by one."
+            )
         tokens, begin = self.prompt(prompt)
         request = Request(
             tokens=tokens,

@@ -125,9 +125,10 @@ class StarLMModel(PreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past)
         state = None if cache is None else cache.state
-        if first is not None and state is not None and (began := state.first(length, first.device)) is not None:
+        if first is not None and state is not None:
             # Where a neighbour begins a document, who goes on with one still begins where it began.
-            first = torch.maximum(first, began)
+            began = state.first(length, first.device)
+            first = first if began is None else torch.maximum(first, began)
         hidden = self.hidden(tokens, embedded=inputs_embeds, first=first, state=state)
         return BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache)
 
@@ -140,8 +141,8 @@ class StarLMModel(PreTrainedModel):
         if self.orders:
             raise InputError(
                 "This model has heads that are anchored to n-grams of token ids, so inputs_embeds alone are "
-                "not enough. Give the input_ids too, to the model itself: generate drops them where there are "
-                "inputs_embeds."
+                "not enough. Give the input_ids too, to the model itself: generate drops them where there "
+                "are inputs_embeds."
             )
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 

@@ -83,6 +83,8 @@ class StarLM(nn.Module):
         Args:
             embedded: read in place of the embeddings of `tokens`, which then serve the anchors alone.
         """
+        if tokens.dim() != 2:
+            raise InputError(f"Token ids must be [B, T]; got the shape {tuple(tokens.shape)}.")
         reach = first
         if state is not None:
             self._check_state(tokens, state)

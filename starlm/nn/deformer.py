@@ -184,8 +184,10 @@ class Deformer(nn.Module):
             state: rows of earlier tokens; x continues them, and its rows are appended.
 
         Raises:
-            InputError: the layer has anchored heads and `origins` lacks one of their n.
+            InputError: x of another shape; the layer has anchored heads and `origins` lacks one of their n.
         """
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise InputError(f"This Deformer mixes [B, T, {self.dim}]; got the shape {tuple(x.shape)}.")
         if not isinstance(state, Reserved):
             self._check_origins(origins)
         where = first, origins or {}, state

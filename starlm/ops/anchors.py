@@ -32,7 +32,7 @@ def anchors(
         int64; -1 where there is no earlier occurrence.
 
     Raises:
-        InputError: no orders, or one below 1.
+        InputError: no orders, or one below 1; tokens that are no whole numbers, or of another rank.
 
     Example:
         >>> anchors(torch.tensor([[5, 6, 5, 6]]), [1, 2])[0].T.tolist()
@@ -40,6 +40,11 @@ def anchors(
     """
     if not orders or min(orders) < 1:
         raise InputError(f"anchors needs orders of 1 or more; got {list(orders)}.")
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex():
+        raise InputError(
+            f"anchors needs token ids [B, T], whole numbers; got {tokens.dtype} of shape "
+            f"{tuple(tokens.shape)}."
+        )
     compute = anchors_reference if is_plain() else _anchors
     return compute(tokens, list(orders), first)
 

@@ -133,6 +133,9 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
     Raises:
         InputError: see `deform`.
     """
+    if not isinstance(values, Tensor) or not isinstance(shift, Tensor):
+        kinds = f"{type(values).__name__} and {type(shift).__name__}"
+        raise InputError(f"deform needs values and shift as tensors; got {kinds}.")
     shapes = f"values {tuple(values.shape)}, shift {tuple(shift.shape)}"
     if values.ndim != 4 or shift.ndim != 4:
         raise InputError(f"deform needs values [B, S, H, C] and shift [B, T, H, C]; got {shapes}.")

@@ -44,8 +44,8 @@ class ServeOptions:
     grace: float = 30.0
     """Seconds that answers have to finish in after SIGTERM or Ctrl+C; then they are cut off."""
     conversation: Literal["auto", "template", "plain"] = "auto"
-    """How a conversation becomes a prompt: by the checkpoint's chat_template.jinja (template), as one text
-    that the model continues (plain), or as the model was trained (auto: `"chat"` in its config.json)."""
+    """By the checkpoint's chat_template.jinja (template), as one text to continue (plain), or as the model
+    was trained (auto, by "chat" in its config.json)."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

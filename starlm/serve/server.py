@@ -112,6 +112,8 @@ def _logging() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
     loggers = {"starlm.serve": logging.INFO, "starlm.ops": logging.INFO, "uvicorn": logging.WARNING}
+    # Below that it says of each client that leaves early what the access log says better.
+    loggers["asyncio"] = logging.ERROR
     for name, level in loggers.items():
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).addHandler(handler)

@@ -4,6 +4,7 @@ run.toml  tokenizer.json  metrics.jsonl  checkpoints/step-000300/  report.html
 """
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,8 @@ from starlm.train.optim import Optimizers
 
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
 FREE = {
-    "out", "data", "steps", "tokens", "tokens_per_param", "eval_every", "eval_tokens", "sample_every",
-    "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
+    "out", "data", "device", "steps", "tokens", "tokens_per_param", "eval_every", "eval_tokens",
+    "sample_every", "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
 }  # fmt: skip
 
 
@@ -75,8 +76,8 @@ class Run:
         ]
         if changed:
             raise InputError(
-                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Give the same "
-                f"settings to go on with it, or another --out for a new run."
+                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. To go on with it, "
+                f"give the same settings (--config {shlex.quote(str(path))}); for a new run, another --out."
             )
 
     def begin(self, tokenizer: Tokenizer, step: int) -> None:

@@ -30,6 +30,12 @@ def test_a_server_under_load(tmp_path, capsys):
     assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["40", "1"], ["40", "3"]]
 
 
+def test_tokens_that_are_read_together_share_their_time():
+    assert serve.gaps([]) == serve.gaps([1.0]) == []
+    assert serve.gaps([1.0, 1.5, 3.5]) == [0.5, 2.0]
+    assert serve.gaps([1.0, 1.00005, 2.0, 2.00005, 2.0001]) == pytest.approx([1 / 3] * 3, abs=1e-4)
+
+
 def test_a_server_that_does_not_start(tmp_path):
     with pytest.raises(StarLMError, match=r"did not start. error: There is no model at"):
         serve.main(ServeBenchOptions(model=tmp_path / "none"), {})

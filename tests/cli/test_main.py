@@ -123,7 +123,7 @@ def test_stopped_run_is_130(command, stand_in):
 
     stand_in("starlm.train.loop", train=train)
     done = command("train")
-    assert (done.code, done.err) == (130, "stopped: Stopped at step 3; saved.\n")
+    assert (done.code, done.err) == (130, "Stopped at step 3; saved.\n")
 
 
 def test_debug_prints_the_traceback(command, stand_in):

@@ -1,6 +1,9 @@
 """Defaults < preset < TOML < command line; --dry-run and --json."""
 
 import inspect
+import os
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -166,6 +169,17 @@ def test_option_file_named_last_counts(resolved):
     Path("a.toml").write_text("seed = 1\n")
     Path("b.toml").write_text("seed = 2\n")
     assert resolved("--config", "a.toml", "--config=b.toml")["seed"] == 2
+
+
+def test_a_help_text_of_several_lines_is_one_paragraph():
+    words = [sys.executable, "-m", "starlm", "train", "--help"]
+    env = {**os.environ, "COLUMNS": "100"}
+    text = subprocess.run(words, capture_output=True, text=True, check=True, env=env).stdout
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    # The line of the source ends behind "so"; that of the help goes on as far as there is room.
+    assert any(
+        line.startswith("beyond, and 8 at the least, so that star has each of its kinds") for line in lines
+    )
 
 
 def test_every_option_has_help():

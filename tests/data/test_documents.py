@@ -96,13 +96,18 @@ def test_empty_files_are_passed_over(tmp_path):
         ("a.md", "é".encode()[:1], ["a.md", "byte offset 0", "0xc3"]),
         ("a.txt", "hi".encode("utf-16"), ["byte offset 3", "NUL"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not JSON", "mend the line"]),
-        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "not JSON"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "not text in UTF-8", "byte 10", "0xff"]),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"body": "b"}\n',
             ["a.jsonl:2", 'no key "text"', "keys body", "text_field"],
         ),
-        ("a.jsonl", b"[1]\n", ["a.jsonl:1", "it has list"]),
+        ("a.jsonl", b"[1]\n", ["a.jsonl:1", "not a JSON object", "'[1]"]),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
+            ["a.jsonl:1", "keys messages", "For conversations, fine-tune a checkpoint with TRL"],
+        ),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "holds int, not text"]),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', ["a.jsonl:1", "surrogate", "character 1"]),
         ("a.jsonl", b"[" * 100_000, ["a.jsonl:1", "not JSON"]),
@@ -158,6 +163,15 @@ def test_what_cannot_be_found_is_refused(tmp_path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"gone\.txt cannot be read: No such file"):
         read(tmp_path)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("x")
+    assert [file.name for file in find_files([tmp_path])] == ["a.txt"]
+    with pytest.raises(InputError, match=r"pipe\.txt is no file but a pipe"):
+        find_files([tmp_path / "pipe.txt"])
 
 
 def test_a_file_that_is_not_required_counts_as_empty(tmp_path):

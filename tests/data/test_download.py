@@ -122,8 +122,13 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(server):
 
 def test_without_a_tag_nothing_is_promised(server):
     server.tagged, server.faults = False, ["cut", *[503] * download.ATTEMPTS]
-    with pytest.raises(InputError, match="run the same command again\\.$"):
+    with pytest.raises(InputError, match=r"run the same command again\.$"):
         fetch(f"{server.url}/file.txt")
+
+
+def test_an_empty_source_is_not_the_current_folder():
+    with pytest.raises(InputError, match="A source is empty"):
+        download.local(["a.txt", ""], lambda *_: None)
 
 
 def test_a_server_without_ranges(server):

@@ -139,6 +139,17 @@ def test_the_file_works_without_this_class_and_begins_with_bos(tmp_path):
     assert inner.decode(ids) == "add(1)"
 
 
+@pytest.mark.parametrize("sign", ["x", "é", "=", "_", " ", "\n"])
+def test_what_runs_on_is_no_word(sign):
+    """Training on such a text would take minutes: it costs the square of a word's length."""
+    text = f"def f(x):\n    {sign * 300_001} and more"
+    parts = list(module._short_runs(text))
+    assert "".join(parts) == text
+    assert max(part.count(sign) for part in parts) <= 256 + 4
+    trained = Tokenizer.train([text], 300)
+    assert trained.decode(trained.encode(text)) == text
+
+
 def test_training_is_deterministic():
     code = (
         "from starlm.data.tokenizer import Tokenizer\nimport pathlib, starlm.errors\n"

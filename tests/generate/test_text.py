@@ -127,6 +127,8 @@ def test_impossible_requests():
         model.stream("", stop=["a", ""])
     with pytest.raises(InputError, match="top_p must be"):
         model.stream("", top_p=2.0)
+    with pytest.raises(InputError, match="must be text; got list"):
+        model.stream(["a", "b"])
     with pytest.raises(InputError, match="surrogate"):
         model.stream("\ud800")
     with pytest.raises(InputError, match=rf"tokenizer has {VOCAB} tokens, the model 8"):

@@ -74,6 +74,12 @@ def test_formula_rejects_another_preset_and_other_options(preset):
     assert (layer(x) - wanted).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("shape", [(5, D), (B, T, D + 1)])
+def test_input_of_another_shape(shape):
+    with pytest.raises(InputError, match=rf"mixes \[B, T, {D}\]; got the shape"):
+        unchecked(Deformer.forward)(Deformer(D, H), torch.randn(shape))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_causal(preset):
     layer = randomise(Deformer(D, H, preset=preset))

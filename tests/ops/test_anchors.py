@@ -1,6 +1,7 @@
 """Anchors against a search by hand: both forms, the growing index, documents, padding, collisions."""
 
 import copy
+import inspect
 
 import hypothesis.strategies as st
 import numpy as np
@@ -64,6 +65,12 @@ def test_a_first_row_below_0_is_row_0(form):
     for low in (-1, -5, torch.iinfo(torch.int64).min):
         got = FORMS[form](tokens, [1, 2, 3], first=torch.full((1, 8), low))
         assert torch.equal(got, FORMS[form](tokens, [1, 2, 3]))
+
+
+@pytest.mark.parametrize("tokens", [torch.rand(1, 5), torch.tensor([1, 1])])
+def test_only_token_ids_have_anchors(tokens):
+    with pytest.raises(InputError, match=r"anchors needs token ids \[B, T\], whole numbers; got"):
+        inspect.unwrap(anchors)(tokens, [1])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -354,6 +354,7 @@ def test_compiles_without_a_graph_break(backend):
         (lambda v, s: ((v[:, :1].expand(-1, 2**30, -1, -1), s), {}), "rows"),
         (lambda v, s: ((v[:, :3], s), {"past": torch.zeros(2).long()}), "S >= T"),
         (lambda v, s: ((v, s), {"backend": "gpu"}), "'gpu'"),
+        (lambda v, s: ((v.numpy(), s), {}), "as tensors; got ndarray and Tensor"),
         (lambda v, s: ((v.to("meta"), s.to("meta")), {"backend": "cpu"}), "backend='auto'"),
     ],
 )

@@ -241,8 +241,14 @@ def test_other_settings_are_refused(config, change, part):
     with pytest.raises(InputError, match="holds a run with other settings") as caught:
         train(config(steps=2, **change))
     assert part in str(caught.value)
+    assert f"(--config {config().out}/run.toml)" in str(caught.value)
     assert "another --out" in str(caught.value)
     assert {path: path.read_bytes() for path in config().out.rglob("*.*")} == before
+
+
+def test_a_run_may_go_on_where_it_is_called_by_another_name(config):
+    train(config(steps=2, device="auto"))
+    assert train(config(steps=4, device="cpu"))["step"] == 4
 
 
 def test_what_auto_has_chosen_stays(config, monkeypatch):
