@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from starlm.errors import InputError
 from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
 from starlm.nn.linear import init_matrix, linear
-from starlm.nn.state import LayerState, Reserved
-from starlm.ops import deform
+from starlm.nn.state import LayerState, NoState, Reserved
 from starlm.ops.backends import fuses, has_kernels, load_kernels
-from starlm.ops.box import box, prefix_sums
 from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
 from starlm.ops.elementwise import rms
 from starlm.ops.mix import mix
@@ -248,16 +246,18 @@ class Deformer(nn.Module):
                 return self._mix(values, shift, gate, first, origins)
         elif (stepped := self._step(stream, values, shift, gate, first, origins, state)) is not None:
             return stepped
-        values = rms(values.unflatten(-1, (self.heads, -1)))
+        values, rows = rms(values.unflatten(-1, (self.heads, -1))), state or NoState()
         read = []
         for name, distance in self._distances(shift).items():
-            v = values[:, :, self.spans[name]]
+            v, place = values[:, :, self.spans[name]], f"{stream}.{name}"
             if name == "now":
-                read.append(self._near(f"{stream}.now", v, distance, first, state))
+                read.append(rows.read(place, v, distance, keep=self.max_shift, first=first))
             elif name == "anchored":
-                read.append(self._anchored(f"{stream}.anchored", v, distance, first, origins, state))
+                read.append(rows.read(place, v, distance, origin=self._origin(origins), first=first))
             else:
-                read.append(self._boxes(f"{stream}.box", v, distance, first, state))
+                mean, width = rows.box(place, v, distance, keep=self.max_shift, first=first)
+                # Without gradient: the width is learned from what the window holds, not from its size.
+                read.append((mean * width.detach().clamp(max=BOX_SCALE).sqrt()).to(v.dtype))
         y = (torch.cat(read, dim=2) if len(read) > 1 else read[0]).flatten(-2)
         return y if gate is None else y * torch.sigmoid(gate)
 
@@ -397,34 +397,3 @@ class Deformer(nn.Module):
                 parts.append(Reads(origin, near, far, fraction.masked_fill(near == far, 0)))
             found[stream] = Reads(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
         return found
-
-    def _near(
-        self, stream: str, values: Tensor, reach: Tensor, first: Tensor | None, state: LayerState | None
-    ):
-        if state is None:
-            return deform(values, reach, first=first)
-        return state.read(stream, values, reach, keep=self.max_shift, first=first)
-
-    def _anchored(
-        self,
-        stream: str,
-        values: Tensor,
-        z: Tensor,
-        first: Tensor | None,
-        origins: Mapping[int, Tensor],
-        state: LayerState | None,
-    ):
-        origin = self._origin(origins)
-        if state is None:
-            return deform(values, z, origin=origin, first=first)
-        return state.read(stream, values, z, origin=origin, first=first)
-
-    def _boxes(
-        self, stream: str, values: Tensor, width: Tensor, first: Tensor | None, state: LayerState | None
-    ):
-        if state is None:
-            mean, width = box(prefix_sums(values), width, first=first)
-        else:
-            mean, width = state.box(stream, values, width, keep=self.max_shift, first=first)
-        # Without gradient: the width is learned from what the window holds, not from its size.
-        return (mean * width.detach().clamp(max=BOX_SCALE).sqrt()).to(values.dtype)

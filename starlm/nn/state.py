@@ -202,6 +202,35 @@ class LayerState:
         return np.array([addresses, pasts, starts - np.array(bases)])
 
 
+class NoState:
+    """What reads as a `LayerState` does where there are no earlier tokens, and keeps nothing."""
+
+    def read(
+        self,
+        stream: str,
+        values: Float[Tensor, "B T H C"],
+        shift: Float[Tensor, "B T H C"],
+        *,
+        keep: int | None = None,
+        origin: Int[Tensor, "B T H"] | None = None,
+        first: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T H C"]:
+        """As `LayerState.read`."""
+        return deform(values, shift, origin=origin, first=first)
+
+    def box(
+        self,
+        stream: str,
+        values: Float[Tensor, "B T H C"],
+        width: Float[Tensor, "B T H C"],
+        *,
+        keep: int | None = None,
+        first: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T H C"], Float[Tensor, "B T H C"]]:
+        """As `LayerState.box`."""
+        return box(prefix_sums(values), width, first=first)
+
+
 @dataclass(frozen=True, eq=False)
 class Reserved:
     """What a Deformer is given in place of a `LayerState` where its rows have been made room for before."""

@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 from relations import assert_causal, assert_close, randomise, unchecked
 
 from starlm.errors import InputError
-from starlm.nn import deformer as module
+from starlm.nn import state
 from starlm.nn.deformer import Deformer
 from starlm.ops import deform, plain
 from starlm.ops.reference import deform_reference
@@ -90,7 +90,7 @@ def test_causal(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_causality_check_rejects_one_row_ahead(preset, monkeypatch):
-    monkeypatch.setattr(module, "deform", lambda values, *args, **kw: deform(values.roll(-1, 1), *args, **kw))
+    monkeypatch.setattr(state, "deform", lambda values, *args, **kw: deform(values.roll(-1, 1), *args, **kw))
     layer = randomise(Deformer(D, H, preset=preset))
     # Composed from `deform`: the fused step has tests of its own.
     with plain(), pytest.raises(AssertionError, match="knows its future"):
@@ -118,7 +118,7 @@ def test_shift_in_bf16_keeps_its_fraction():
 
     # Composed from `deform`: the fused step has tests of its own.
     with pytest.MonkeyPatch.context() as patch, plain():
-        patch.setattr(module, "deform", spy)
+        patch.setattr(state, "deform", spy)
         assert layer(torch.randn(B, T, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen["dtype"] == torch.float32
 
