@@ -1,4 +1,4 @@
-"""What a Deformer layer does between its projections, fused: for a CPU that trains, and for GPUs.
+"""What a Deformer layer does between its projections, fused: on CPUs and on GPUs.
 
 Written as a composition (`Deformer` in `starlm.nn.deformer`), the step between the projections normalises,
 slices, reads, sums up, concatenates and multiplies, each of them one or more passes over tensors that do not
