@@ -22,7 +22,9 @@ def test_export_for_every_length(kind):
         # Two documents.
         positions[:, columns // 2 :] -= columns // 2
         found = program.module()(input_ids=tokens, position_ids=positions).logits
-        torch.testing.assert_close(found, wrapper(tokens, position_ids=positions).logits)
+        wanted = wrapper(tokens, position_ids=positions).logits
+        # Without export RMSNorm and relu² are kernels of ours, which round in another order.
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -30,4 +32,4 @@ def test_a_window_is_exported_for_one_length():
     wrapper = make_pair("star mixed", dtype=torch.float32)[1]
     program = torch.export.export(wrapper, (make_tokens(2, 30),))
     tokens = make_tokens(2, 30)
-    torch.testing.assert_close(program.module()(tokens).logits, wrapper(tokens).logits)
+    torch.testing.assert_close(program.module()(tokens).logits, wrapper(tokens).logits, rtol=1e-4, atol=1e-5)
