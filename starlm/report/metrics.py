@@ -83,7 +83,7 @@ def read_run(folder: Path) -> RunMetrics:
             found[record["kind"], record["step"], record.get("prompt")] = record
     if not found and not run.plan:
         raise InputError(f"{path} has no record yet. Wait for the first step, then write the report again.")
-    if "model" in run.config:
+    if isinstance(run.config.get("model"), dict):
         run.config["model"] |= run.plan.get("model", {})
     records = sorted(found.values(), key=lambda record: record["step"])
     run.steps = _of_kind(records, "step")

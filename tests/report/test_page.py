@@ -120,6 +120,8 @@ def test_what_follows_from_the_depth_is_compared_too(tmp_path, write_run):
     ]
     markdown = write_report(runs).with_suffix(".md").read_text()
     assert "| model.dim | 256 | 384 | 0 |" in markdown
+    odd = write_run(tmp_path / "odd", settings="model = 3\n", model={"dim": 64, "heads": 8})
+    assert "| model | 3 |" in write_report([odd]).with_suffix(".md").read_text()
     assert "| model.heads | 8 | 12 | – |" in markdown
 
 
