@@ -22,7 +22,12 @@ with suppress(ImportError, AttributeError):
     from docstring_parser import attrdoc
 
     _raw = attrdoc.ast_get_constant_value
-    attrdoc.ast_get_constant_value = lambda node: cleandoc(_raw(node))
+
+    def _clean(node: Any) -> Any:
+        value = _raw(node)
+        return cleandoc(value) if isinstance(value, str) else value
+
+    attrdoc.ast_get_constant_value = _clean
 
 O = TypeVar("O")  # noqa: E741
 Layer = Mapping[str, Any]

@@ -109,9 +109,10 @@ def _files_of(root: Path, exclude: frozenset[str]) -> Iterator[tuple[Path, str]]
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in exclude)
         for name in names:
             path = Path(folder, name)
-            # Reading a pipe would wait for ever. A link that leads nowhere is for the reader to complain of.
-            pipe = path.exists() and not path.is_file()
-            if not name.startswith(".") and suffix_of(name) and not pipe:
+            if name.startswith(".") or not suffix_of(name):
+                continue
+            # Reading a pipe would wait for ever. What cannot be looked at is for the reader to complain of.
+            if os.path.isfile(path) or not os.path.exists(path):
                 files.append((path.relative_to(root).parts, path))
     for parts, path in sorted(files):
         yield path, "/".join(parts)
@@ -256,9 +257,11 @@ def _text_of_line(line: bytes, text_field: str, place: str) -> str:
         # The first line may begin with a byte order mark.
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
+        # A byte order mark, which is not counted, may stand before it.
+        at = error.start + len(line) - len(error.object)
         raise InputError(
-            f"{place} is not text in UTF-8: at byte {error.start} of the line there is "
-            f"0x{line[error.start]:02x}. Convert the file to UTF-8, or take the line out."
+            f"{place} is not text in UTF-8: at byte {at} of the line there is 0x{line[at]:02x}. Convert the "
+            f"file to UTF-8, or take the line out."
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(

@@ -126,6 +126,7 @@ class StarLMModel(PreTrainedModel):
         first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past)
         state = None if cache is None else cache.state
         if first is not None and state is not None:
+            self._check_state(tokens, state)
             # Where a neighbour begins a document, who goes on with one still begins where it began.
             began = state.first(length, first.device)
             first = first if began is None else torch.maximum(first, began)

@@ -8,9 +8,15 @@ they should be.
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import EPS
+
+
+def _fused(x: Tensor) -> bool:
+    # Kernels have no forward-mode derivatives, and would drop them in silence.
+    return not torch.compiler.is_compiling() and fuses(x) and forward_ad._current_level < 0
 
 
 def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
@@ -24,7 +30,7 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
     casts = cast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if casts and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if not torch.compiler.is_compiling() and fuses(x) and has_kernels(x.device, dtype):
+    if _fused(x) and has_kernels(x.device, dtype):
         if step and not (torch.is_grad_enabled() and x.requires_grad):
             return load_kernels("elementwise", x.device).rms(x, EPS, dtype)
         return _rms(x, dtype)
@@ -33,7 +39,7 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """relu(x)², in its own dtype (arXiv 2109.08668)."""
-    if not torch.compiler.is_compiling() and fuses(x):
+    if _fused(x):
         return _relu2(x)
     return torch.relu(x).square()
 

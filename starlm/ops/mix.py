@@ -42,8 +42,20 @@ def mix(
         In the dtype of `values`; arithmetic in fp32, prefix sums in fp64.
 
     Raises:
-        InputError: dtypes that the kernels do not have.
+        InputError: dtypes that the kernels do not have; shapes that do not fit, which kernels do not look at.
     """
+    batch, length, heads, _ = values.shape
+    if shift.shape != values.shape or (gate is not None and gate.shape != values.shape):
+        raise InputError(f"mix needs shift and gate of the shape of values, {tuple(values.shape)}.")
+    for name, rows, wanted in (
+        ("first", first, (batch, length)),
+        ("origin", origin, (batch, length, heads - near - boxes)),
+    ):
+        if rows is not None and (rows.shape != wanted or rows.dtype not in (torch.int32, torch.int64)):
+            raise InputError(
+                f"A Deformer needs {name} as integers of shape {wanted}; got {rows.dtype} of "
+                f"{tuple(rows.shape)}."
+            )
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
     if not has_kernels(values.device, dtype):

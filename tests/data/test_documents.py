@@ -97,6 +97,7 @@ def test_empty_files_are_passed_over(tmp_path):
         ("a.txt", "hi".encode("utf-16"), ["byte offset 3", "NUL"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not JSON", "mend the line"]),
         ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "not text in UTF-8", "byte 10", "0xff"]),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "\xff"}\n', ["a.jsonl:1", "byte 13", "0xff"]),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"body": "b"}\n',

@@ -99,6 +99,18 @@ def test_registration(dtype):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+# Of PyTorch's own, when it loads its rules.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("function", [module.rms, module.relu2])
+def test_forward_mode_is_not_dropped(function):
+    x, along = torch.randn(2, 3, 8)
+    out, tangent = torch.func.jvp(function, (x,), (along,))
+    with plain():
+        wanted = torch.func.jvp(function, (x,), (along,))
+    torch.testing.assert_close((out, tangent), wanted)
+    assert tangent.abs().max() > 0
+
+
 def test_where_kernels_are_taken(monkeypatch):
     x = torch.randn(2, 3, requires_grad=True)
     assert fuses(x)

@@ -1,5 +1,6 @@
 """The fused step of a layer against its composition from `deform`, `box`, RMSNorm and sigmoid."""
 
+import inspect
 import math
 
 import pytest
@@ -211,3 +212,18 @@ def test_under_gradient_checkpointing():
     out = checkpoint(lambda *x: mix(*x, inputs["origin"], **options), *leaves, use_reentrant=False)
     for got, wanted in zip(torch.autograd.grad(out.square().sum(), leaves), plain, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("first", torch.zeros(1, 13, dtype=torch.long)),
+        ("first", torch.zeros(2, 13)),
+        ("origin", torch.zeros(2, 5, 2, dtype=torch.long)),
+        ("origin", torch.zeros(2, 13, 1, dtype=torch.long)),
+    ],
+)
+def test_rows_that_do_not_fit_never_reach_a_kernel(name, rows):
+    inputs, options = problem()
+    with pytest.raises(InputError, match=f"needs {name} as integers of shape"):
+        inspect.unwrap(mix)(**{**inputs, **options, name: rows})
