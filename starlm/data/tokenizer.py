@@ -47,7 +47,8 @@ _PIECE = 1 << 20
 # PATTERN always splits between a line end and a non-space, so a text may be cut there without a trace.
 _CUT = re.compile(r"\n(?=\S)")
 # Training costs the square of a word's length. What runs on like this is no word: DNA, a ruler, blank lines.
-_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|_){256}|\s{256}")
+# \x1c to \x1f are blanks to Python and signs to PATTERN.
+_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|[_\x1c-\x1f]){256}|\s{256}")
 
 
 def check_vocab_size(vocab_size: int) -> None:

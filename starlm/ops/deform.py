@@ -127,6 +127,18 @@ def _differentiate(ctx, grad):
 _deform.register_autograd(_differentiate, setup_context=_save)
 
 
+def check_rows(what: str, name: str, rows: Tensor | None, wanted: tuple[int, ...]) -> None:
+    """Refuse row numbers that kernels, which do not look, would take for others.
+
+    Raises:
+        InputError: `rows` are no integers, or not of the shape that `what` needs.
+    """
+    if rows is not None and (rows.shape != wanted or rows.is_floating_point() or rows.dtype == torch.bool):
+        raise InputError(
+            f"{what} needs {name} as integers of shape {wanted}; got {rows.dtype} of {tuple(rows.shape)}."
+        )
+
+
 def _check(values, shift, origin, first, past, backend) -> Tensor | None:
     """`past` as a tensor, or None for 0.
 
@@ -150,13 +162,7 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
         ("first", first, (batch, length)),
         ("past", None if isinstance(past, int) else past, (batch,)),
     ):
-        if index is None:
-            continue
-        if index.shape != wanted or index.is_floating_point() or index.dtype == torch.bool:
-            raise InputError(
-                f"deform needs {name} as integers of shape {wanted}; got {index.dtype} of "
-                f"{tuple(index.shape)} ({shapes})."
-            )
+        check_rows("deform", name, index, wanted)
     for name, tensor in (("shift", shift), ("origin", origin), ("first", first), ("past", past)):
         if isinstance(tensor, Tensor) and tensor.device != values.device:
             raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from starlm.errors import InputError
 from starlm.ops.backends import has_kernels, load_kernels
+from starlm.ops.deform import check_rows
 
 
 def mix(
@@ -47,15 +48,8 @@ def mix(
     batch, length, heads, _ = values.shape
     if shift.shape != values.shape or (gate is not None and gate.shape != values.shape):
         raise InputError(f"mix needs shift and gate of the shape of values, {tuple(values.shape)}.")
-    for name, rows, wanted in (
-        ("first", first, (batch, length)),
-        ("origin", origin, (batch, length, heads - near - boxes)),
-    ):
-        if rows is not None and (rows.shape != wanted or rows.dtype not in (torch.int32, torch.int64)):
-            raise InputError(
-                f"A Deformer needs {name} as integers of shape {wanted}; got {rows.dtype} of "
-                f"{tuple(rows.shape)}."
-            )
+    check_rows("mix", "first", first, (batch, length))
+    check_rows("mix", "origin", origin, (batch, length, heads - near - boxes))
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
     if not has_kernels(values.device, dtype):

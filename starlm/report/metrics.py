@@ -83,8 +83,9 @@ def read_run(folder: Path) -> RunMetrics:
             found[record["kind"], record["step"], record.get("prompt")] = record
     if not found and not run.plan:
         raise InputError(f"{path} has no record yet. Wait for the first step, then write the report again.")
-    if isinstance(run.config.get("model"), dict):
-        run.config["model"] |= run.plan.get("model", {})
+    follows = run.plan.get("model")
+    if isinstance(run.config.get("model"), dict) and isinstance(follows, dict):
+        run.config["model"] |= follows
     records = sorted(found.values(), key=lambda record: record["step"])
     run.steps = _of_kind(records, "step")
     run.validations = _of_kind(records, "validation")

@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class _Session:
         self.model.train()
         if 0 < self.start < horizon:
             # Of a run that was killed behind its last checkpoint, and is longer now.
-            self._look({record["kind"] for record in self.run.records() if record.get("step") == self.start})
+            self._look([record for record in self.run.records() if record.get("step") == self.start])
         with closing(loader.batches(self.start)) as batches, _stop_signal() as stopped:
             while self.done < horizon:
                 self._step(next(batches))
@@ -156,12 +156,12 @@ class _Session:
         result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(self.run.checkpoint(horizon))}
         return self._emit("end", seconds=self.seconds, **result)
 
-    def _look(self, done: Set[str] = frozenset()) -> None:
-        """Validate and write samples, what of it is due and not among the kinds of records `done`."""
-        if self._is_due(self.config.eval_every) and "validation" not in done:
+    def _look(self, done: Sequence[Record] = ()) -> None:
+        """Validate and write samples, what of it is due and not among the records `done`."""
+        if self._is_due(self.config.eval_every) and not any(r["kind"] == "validation" for r in done):
             self._validate()
-        if self._is_due(self.config.sample_every) and "sample" not in done:
-            self._sample()
+        if self._is_due(self.config.sample_every):
+            self._sample(done)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -191,10 +191,13 @@ class _Session:
         self._emit("validation", **result)
         return result
 
-    def _sample(self) -> None:
+    def _sample(self, done: Sequence[Record] = ()) -> None:
+        written = {record["prompt"] for record in done if record["kind"] == "sample"}
         self.model.eval()
         text_model = TextModel(self.model, self.tokenizer)
         for prompt in self.config.sample_prompts:
+            if prompt in written:
+                continue
             text = text_model.generate(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=0)
             self._emit("sample", prompt=prompt, text=text)
         self.model.train()

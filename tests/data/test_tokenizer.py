@@ -139,7 +139,7 @@ def test_the_file_works_without_this_class_and_begins_with_bos(tmp_path):
     assert inner.decode(ids) == "add(1)"
 
 
-@pytest.mark.parametrize("sign", ["x", "é", "=", "_", " ", "\n"])
+@pytest.mark.parametrize("sign", ["x", "é", "=", "_", " ", "\n", "!\x1c"])
 def test_what_runs_on_is_no_word(sign):
     """Training on such a text would take minutes: it costs the square of a word's length."""
     text = f"def f(x):\n    {sign * 300_001} and more"

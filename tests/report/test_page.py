@@ -120,6 +120,8 @@ def test_what_follows_from_the_depth_is_compared_too(tmp_path, write_run):
     ]
     markdown = write_report(runs).with_suffix(".md").read_text()
     assert "| model.dim | 256 | 384 | 0 |" in markdown
+    null = write_run(tmp_path / "null", settings=settings, model=None)
+    assert "| model.dim | 0 |" in write_report([null]).with_suffix(".md").read_text()
     odd = write_run(tmp_path / "odd", settings="model = 3\n", model={"dim": 64, "heads": 8})
     assert "| model | 3 |" in write_report([odd]).with_suffix(".md").read_text()
     assert "| model.heads | 8 | 12 | – |" in markdown

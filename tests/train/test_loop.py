@@ -390,19 +390,21 @@ def test_the_last_checkpoint_is_there_before_the_last_evaluation(config, monkeyp
     assert list(losses_of(settings.out)) == list(range(1, 9))
 
 
-def test_what_a_kill_has_kept_from_being_looked_at_is_looked_at_when_the_run_becomes_longer(config):
+@pytest.mark.parametrize("last", ["checkpoint", "validation", "sample"])
+def test_what_a_kill_has_kept_from_being_looked_at_is_looked_at_when_the_run_becomes_longer(config, last):
     def die(record):
-        if record["kind"] == "checkpoint" and record["step"] == 4:
+        if record["kind"] == last and record["step"] == 4:
             crash()
 
-    settings = config(steps=4, eval_every=2, sample_every=4, sample_prompts=("def ",))
+    settings = config(steps=4, eval_every=2, sample_every=4, sample_prompts=("def ", "class "))
     with pytest.raises(Crash):
         train(settings, on_record=die)
     longer = replace(settings, steps=8)
     train(longer)
-    seen = [(record["kind"], record["step"]) for record in records_of(settings.out)]
-    assert [step for kind, step in seen if kind == "validation"] == [2, 4, 6, 8]
-    assert [step for kind, step in seen if kind == "sample"] == [4, 8]
+    seen = records_of(settings.out)
+    assert [record["step"] for record in seen if record["kind"] == "validation"] == [2, 4, 6, 8]
+    samples = [(record["step"], record["prompt"]) for record in seen if record["kind"] == "sample"]
+    assert samples == [(4, "def "), (4, "class "), (8, "def "), (8, "class ")]
 
 
 def test_a_second_signal_acts_at_once(config):
