@@ -218,7 +218,7 @@ def sums(device: str, length: int) -> None:
     rows, channels = (1_000_000 if device != "cpu" else 4 * length), 5
     values = torch.randn(1, rows, 1, channels, device=device)
     (piece,) = pieces_of(values, 0, 1, {})
-    got = piece.source(values.flatten(2))[0].cpu()
+    got = piece.sums(values.flatten(2)).cpu()
     # What was added up is fp32, so differences of sums give it back to the last bit.
     added = torch.diff(got, dim=1, prepend=torch.zeros(1, 1, channels)).float()
     assert_close(
@@ -343,13 +343,16 @@ def small_model(device: str, dtype: torch.dtype, **options: Any) -> StarLM:
     return model.to(device, dtype).requires_grad_(False)
 
 
-# What a decode step may be off, and models for it: presets, bounds, heads of 33 channels.
+# What a decode step may be off, and models for it: presets, bounds, heads of 33 channels, attention.
 GRAPHED_DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 GRAPHED = (
     {"preset": "star", "dim": 8 * 64, "heads": 8},
     {"preset": "star", "dim": 8 * 33, "heads": 8, "max_shift": 20},
     {"preset": "product", "dim": 128, "heads": 4},
     {"preset": "gated", "dim": 128, "heads": 1, "max_shift": 5},
+    {"preset": "star", "dim": 8 * 64, "heads": 8, "layers": "DDW", "attention_window": 50},
+    {"layers": "A", "dim": 4 * 34, "heads": 4},
+    {"layers": "WA", "dim": 2 * 128, "heads": 2, "attention_window": 200, "rope_base": 0.0},
 )
 
 CHECKS: dict[str, Callable[[str, int], None]] = {

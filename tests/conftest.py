@@ -1,6 +1,7 @@
 """For all tests: shapes checked, seeded, fresh memory full of NaN, so that what is left unwritten shows."""
 
 import re
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -58,6 +59,9 @@ def pytest_configure(config):
     wanted = re.findall(r"(?:not )?\bcompile\b", config.option.markexpr)
     config.stash[_checks_shapes] = "compile" not in wanted
     if config.stash[_checks_shapes]:
+        # The package itself may be: names of heads are looked up without tensors.
+        early = [name for name in SHAPE_CHECKED if name in sys.modules and name != "starlm.nn"]
+        assert not early, f"a conftest.py imports {early[0]} before its shapes are checked"
         install_import_hook(SHAPE_CHECKED, "beartype.beartype")
 
 

@@ -48,9 +48,7 @@ def main(options: ServeBenchOptions, machine: dict[str, str]) -> dict[str, Any]:
             prompts = draw.integers(9, vocab, (clients, options.requests, length))
             found = _load(port, prompts, options.tokens)
             rows.append({"prompt_tokens": length, "clients": clients, **found})
-            first, between = (
-                "{p50:,.1f}  {p99:,.1f}".format(**found[name]) for name in ("first_ms", "between_ms")
-            )
+            first, between = (_written(found[name]) for name in ("first_ms", "between_ms"))
             speed = found["tokens_per_second"]
             print(f"{length:>9,}{clients:>9}{first:>20}{between:>20}{speed:>12,.0f}", flush=True)
     return {
@@ -103,9 +101,16 @@ def _load(port: int, prompts: np.ndarray, tokens: int) -> dict[str, Any]:
     }
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(seconds or [0.0], [50, 99]) * 1e3
+def _percentiles(seconds: list[float]) -> dict[str, float] | None:
+    """In milliseconds; None of nothing: all of an answer may come at once."""
+    if not seconds:
+        return None
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
     return {"p50": float(p50), "p99": float(p99)}
+
+
+def _written(found: dict[str, float] | None) -> str:
+    return "{p50:,.1f}  {p99:,.1f}".format(**found) if found else "-"
 
 
 def gaps(came: list[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """The command `starlm`: finds the verb, runs it, and turns every outcome into a message and an exit code.
 
-Exit codes: 0 done, 1 the work failed, 2 the input cannot be used, 130 interrupted, 141 the reader went away.
+Exit codes: 0 done, 1 the work failed, 2 the input cannot be used; 130 interrupted, 141 the reader went away,
+143 told to end: as shells have it of the signals.
 """
 
 import errno
@@ -162,7 +163,7 @@ def _overview(group: str = "") -> str:
 def _explain(error: Exception) -> tuple[str, int]:
     """One paragraph and the exit code for an error."""
     if isinstance(error, StarLMError):
-        return f"{'' if error.exit_code == 130 else 'error: '}{error}", error.exit_code
+        return f"{'' if error.exit_code > 128 else 'error: '}{error}", error.exit_code
     text = " ".join(str(error).split())
     if _is_out_of_memory(error):
         return (

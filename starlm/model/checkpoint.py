@@ -29,11 +29,13 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)$")
 # Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
 _HF_KEYS = {
-    "architectures", "auto_map", "bos_token_id", "chat", "chunk_size_feed_forward", "cls_token_id",
-    "decoder_start_token_id", "dtype", "eos_token_id", "id2label", "is_encoder_decoder",
+    "_name_or_path", "add_cross_attention", "architectures", "auto_map", "bos_token_id", "chat",
+    "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size", "decoder_start_token_id",
+    "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder",
     "keys_to_ignore_at_inference", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pad_token_id", "problem_type", "return_dict", "sep_token_id", "task_specific_params",
-    "tie_word_embeddings", "tokenizer_class", "transformers_version", "use_cache",
+    "pad_token_id", "prefix", "problem_type", "pruned_heads", "return_dict", "sep_token_id",
+    "task_specific_params", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 # What only training that goes on reads; who shares a model leaves it out.

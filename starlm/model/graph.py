@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.model.state import StepInputs
+from starlm.model.state import StepInputs, positioned
 from starlm.nn.block import through
 from starlm.nn.state import Reserved
 
@@ -101,7 +101,10 @@ class RecordedStep:
         return hidden
 
     def _run(self, model: Any) -> Tensor:
-        layers = [Reserved(streams, self._origin) for streams in self._table]
+        number, turns = positioned(model), None
+        if number is not None:
+            turns = model.blocks[number].mixer.turns(self._table[number, 0, 0])
+        layers = [Reserved(streams, self._origin, turns) for streams in self._table]
         return through(model.blocks, model.embedding(self._tokens), layers)
 
 

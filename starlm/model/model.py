@@ -92,7 +92,7 @@ class StarLM(nn.Module):
                 return stepped
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
         origins = self._origins(tokens, reach, state)
-        x = self.embedding(tokens) if embedded is None else embedded
+        x = _rows_of(self.embedding, tokens) if embedded is None else embedded
         layers = [None] * len(self.blocks) if state is None else state.layers(first)
         x = through(self.blocks, x, layers, first=reach, origins=origins)
         if state is not None:
@@ -207,3 +207,12 @@ def _block(config: StarLMConfig, kind: str) -> Block:
             window=max(2, config.context // 2),
         )
     return Block(mixer, MLP(config.width, config.mlp_ratio) if config.mlp_ratio else None)
+
+
+def _rows_of(embedding: nn.Embedding, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    try:
+        return embedding(tokens)
+    except IndexError:
+        low, high = tokens.aminmax()
+        known = len(embedding.weight) - 1
+        raise IndexError(f"Token ids must be 0 to {known}; got {low} to {high}.") from None

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.model.state import StepInputs
-from starlm.nn.attention import Attention
+from starlm.model.state import StepInputs, positioned
 
 # For more slots PyTorch's products, layer by layer, may be as fast (docs/performance.md).
 MOST_ROWS = 16
@@ -26,9 +25,7 @@ class Program:
             block.write_step(self._code, layer)
         if head is not None:
             self._code.head(head, model.config.softcap)
-        attention = [n for n, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)]
-        # Any of them: they agree on positions.
-        self._attention = attention[0] if attention else None
+        self._attention = positioned(model)
 
     @property
     def sizes(self) -> list[int]:
@@ -55,5 +52,4 @@ class Program:
         if self._attention is None:
             return np.zeros((table.shape[-1], 2, 0), np.float32)
         mixer = model.blocks[self._attention].mixer
-        _, past, first = table[self._attention, 0, 0]
-        return mixer.turns(torch.from_numpy(np.maximum(past - first, 0))).numpy()
+        return mixer.turns(torch.from_numpy(table[self._attention, 0, 0])).numpy()

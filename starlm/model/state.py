@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,11 @@ class StepInputs(NamedTuple):
 def row_layout(mixers: Iterable[Mixer], like: Tensor) -> tuple:
     """What rows of these layers, in the dtype and on the device of `like`, must agree in."""
     return like.dtype, like.device, *(mixer.row_layout for mixer in mixers)
+
+
+def positioned(model: Any) -> int | None:
+    """The number of one of the layers of attention, if any: those of a step agree on positions."""
+    return next((n for n, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)), None)
 
 
 class Slot:

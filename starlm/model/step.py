@@ -28,10 +28,7 @@ from starlm.ops.backends import has_kernels
 from starlm.ops.plain import is_plain
 
 # Of what a model must be made; and blocks, also those of transformers.
-MODULES = {
-    "cuda": {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP},
-    "cpu": {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP, Attention},
-}
+MODULES = {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP, Attention}
 
 
 def step(
@@ -45,9 +42,9 @@ def step(
     """`StarLM.hidden` of one token of each slot, or its logits; None, and the state as it was, where that
     cannot be.
 
-    It can without gradients and autocast, if all layers are Deformers, or on a CPU attention, in one dtype
-    that their kernels have, without hooks and adapters, and the slots hold rows of that dtype; on a CPU for
-    up to MOST_ROWS slots.
+    It can without gradients and autocast, if all layers are Deformers or attention, in one dtype that their
+    kernels have, without hooks and adapters, and the slots hold rows of that dtype; on a CPU for up to
+    MOST_ROWS slots.
 
     Args:
         model: a `StarLM`, or what has its modules and methods.
@@ -173,7 +170,7 @@ class Parts:
         weights = self._weights()
         dtype, device = weights[0].dtype, weights[0].device
         # Of other modules, adapters say, not all that matters is in their weights.
-        known = all(type(m) in MODULES[device.type] or isinstance(m, Block) for m in self._modules)
+        known = all(type(m) in MODULES or isinstance(m, Block) for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
         return known and plain and has_kernels(device, dtype) and len(self._modules[1]) > 0
 

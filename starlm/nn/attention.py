@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from starlm.nn.linear import init_matrix, linear
-from starlm.nn.state import LayerState
+from starlm.nn.linear import init_matrix, linear, project
+from starlm.nn.state import LayerState, Reserved
 from starlm.ops.elementwise import rms
 
 if TYPE_CHECKING:
@@ -49,11 +49,17 @@ class Attention(nn.Module):
         *,
         first: Int[Tensor, "B T"] | None = None,
         origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
-        state: LayerState | None = None,
+        state: LayerState | Reserved | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend to rows first .. own row; arguments as for `Deformer.forward`, `origins` without effect."""
         batch, length, _ = x.shape
-        q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
+        projected = project(x, self.query, self.key, self.value)
+        q, k, v = (rows.unflatten(-1, (self.heads, -1)) for rows in projected)
+        if isinstance(state, Reserved):
+            from starlm.ops import triton_attention  # triton takes half a second to import
+
+            y = triton_attention.attend(q, k, v, state.turns, state.streams[0], window=self.window)
+            return self.out(y.flatten(-2))
         if state is None:
             past = torch.zeros(batch, dtype=torch.long, device=x.device)
         else:
@@ -109,10 +115,16 @@ class Attention(nn.Module):
             return None
         return np.stack([keys, values, np.zeros_like(keys)])
 
-    def turns(self, position: Int[Tensor, "B"]) -> Float[Tensor, "B 2 _"]:
-        """Cosines and sines of what rotary positions turn pairs of channels by; [B, 2, 0] without them."""
+    def turns(self, place: Int[Tensor, "3 B"]) -> Float[Tensor, "B 2 _"]:
+        """Cosines and sines of what rotary positions turn pairs of channels by; [B, 2, 0] without them.
+
+        Args:
+            place: of the keys of each slot, as `make_room` says.
+        """
         half = self.query.out_features // self.heads // 2 if self.rope_base else 0
-        angle = _angles(position, half, self.rope_base)
+        # Both rows are counted from the same one.
+        _, past, first = place
+        angle = _angles((past - first).clamp(min=0), half, self.rope_base)
         return torch.stack([angle.cos(), angle.sin()], dim=1)
 
     def write_step(self, code: "Code", layer: int) -> None:

@@ -233,12 +233,14 @@ class NoState:
 
 @dataclass(frozen=True, eq=False)
 class Reserved:
-    """What a Deformer is given in place of a `LayerState` where its rows have been made room for before."""
+    """What a layer is given in place of a `LayerState` where its rows have been made room for before."""
 
     streams: Int[Tensor, "S 3 3 B"]
-    """Of each of the layer's streams what `Deformer.make_room` says, on the model's device."""
+    """Of each of the layer's streams what its `make_room` says, on the model's device."""
     origin: Int[Tensor, "B A"] | None
     """The row that shift 0 of each anchored head reads; -1 for none."""
+    turns: Float[Tensor, "B 2 _"] | None
+    """`Attention.turns` of the new tokens; None in a model without attention."""
 
 
 def _sums(keep: int | None) -> int | None:

@@ -240,17 +240,18 @@ def forward(
     near: int,
     boxes: int,
     furthest: float,
-) -> Tensor:
-    """`starlm.ops.mix` for CPU tensors in fp32 or bfloat16."""
+) -> tuple[Tensor, Tensor]:
+    """`starlm.ops.mix` for CPU tensors in fp32 or bfloat16; nothing is kept."""
     out = torch.empty(values.shape, dtype=values.dtype)
     units = _units(values, near, boxes)
     arrays = [*_arrays(values, shift, gate, origin, first, units, furthest), rows_of(out, torch.float32)]
     spread(lambda *ends: _forward(*arrays, *ends), len(values) * len(units), values.numel())
-    return out
+    return out, torch.empty(0)
 
 
 def backward(
     grad: Tensor,
+    kept: Tensor,
     values: Tensor,
     shift: Tensor,
     gate: Tensor | None,

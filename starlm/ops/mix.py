@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops import backends
 from starlm.ops.backends import has_kernels, load_kernels
 from starlm.ops.deform import check_rows
 
@@ -61,7 +62,7 @@ def mix(
     if origin is None:
         origin = torch.empty(*values.shape[:2], 0, dtype=torch.int64, device=values.device)
     furthest = math.inf if max_shift is None else float(max_shift)
-    y = _mix(values.to(dtype), shift.to(dtype), gate, origin, first, near, boxes, furthest)
+    y, _ = _mix(values.to(dtype), shift.to(dtype), gate, origin, first, near, boxes, furthest)
     return y.to(values.dtype)
 
 
@@ -75,7 +76,8 @@ def _mix(
     near: int,
     boxes: int,
     furthest: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The result, and what the kernels keep of it for their backward pass."""
     kernels = load_kernels("mix", values.device)
     return kernels.forward(values, shift, gate, origin, first, near, boxes, furthest)
 
@@ -83,6 +85,7 @@ def _mix(
 @torch.library.custom_op("starlm::mix_backward", mutates_args=())
 def _mix_backward(
     grad: Tensor,
+    kept: Tensor,
     values: Tensor,
     shift: Tensor,
     gate: Tensor | None,
@@ -93,16 +96,18 @@ def _mix_backward(
     furthest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = load_kernels("mix", values.device)
-    return kernels.backward(grad, values, shift, gate, origin, first, near, boxes, furthest)
+    return kernels.backward(grad, kept, values, shift, gate, origin, first, near, boxes, furthest)
 
 
 @_mix.register_fake
 def _(values, shift, gate, origin, first, near, boxes, furthest):
-    return values.new_empty(values.shape)
+    batch, length, heads, _ = values.shape
+    kept = (batch, heads - boxes, length) if backends.on_gpu(values.device) else (0,)
+    return values.new_empty(values.shape), values.new_empty(kept, dtype=torch.float32)
 
 
 @_mix_backward.register_fake
-def _(grad, values, shift, gate, origin, first, near, boxes, furthest):
+def _(grad, kept, values, shift, gate, origin, first, near, boxes, furthest):
     return (
         values.new_empty(values.shape),
         shift.new_empty(shift.shape),
@@ -111,15 +116,15 @@ def _(grad, values, shift, gate, origin, first, near, boxes, furthest):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(output[1], *inputs[:5])
     ctx.settings = inputs[5:]
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx, grad, _):
     # Looked at once: under gradient checkpointing a second look is an error.
     saved = ctx.saved_tensors
     dvalues, dshift, dgate = _mix_backward(grad, *saved, *ctx.settings)
-    return dvalues, dshift, None if saved[2] is None else dgate, *[None] * 5
+    return dvalues, dshift, None if saved[3] is None else dgate, *[None] * 5
 
 
 _mix.register_autograd(_differentiate, setup_context=_save)

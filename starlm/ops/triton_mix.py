@@ -4,12 +4,13 @@ Memory is the limit, so this is what moves, in bytes per channel and token in bf
 for the sums)::
 
     now, anchored   forward    values twice, shift, gate, out                                10
-                    backward   values three times, shift, gate, grad and three gradients     18
+                    backward   values twice, shift, gate, grad and three gradients           16
                                and fp32 that is added to, read and cleared, in the L2 cache
     box             both       as much, and fp64 prefix sums written and read, in L2
                     backward   fp64 instead of the fp32
 
-RMSNorm costs one pass over `values` that leaves a number per head and row; who reads a row multiplies by it.
+RMSNorm costs one pass over `values` that leaves a number per head and row, its scale, which is kept for the
+backward pass; who reads a row multiplies by it.
 Prefix sums are scans of blocks, in fp64: sums of blocks, a scan over these, and rows within their block.
 
 So the backward, and box heads, go by pieces of batch rows and heads that fit into L2, where they can.
@@ -53,8 +54,9 @@ def forward(
     near: int,
     boxes: int,
     furthest: float,
-) -> Tensor:
-    """`starlm.ops.mix` for GPU tensors in fp32, bfloat16 or fp16.
+) -> tuple[Tensor, Tensor]:
+    """`starlm.ops.mix` for GPU tensors in fp32, bfloat16 or fp16; and scales [B, H, T] of rows of `now` and
+    anchored heads.
 
     Raises:
         InputError: tensors that Triton cannot reach here, or too many rows.
@@ -62,23 +64,24 @@ def forward(
     _check(values)
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     tensors = [_lanes(x) for x in (values, shift, out)] + ([] if gate is None else [_lanes(gate)])
+    scale = _scales(values, boxes)
     # All at once, but for box heads: who reads their sums is to find them in the cache.
     pieces = list(pieces_of(values, near, boxes, {BOX: PIECE}))
     with _turns(len(pieces), values.device) as turns:
         for piece, turn in zip(pieces, turns, strict=True):
             with turn:
                 v, s, y, *g = (piece.cut(x) for x in tensors)
-                source, scale = piece.source(v)
-                inputs = s, *(g or [None])
+                source, scales, inputs = *piece.source(v, scale), (s, *(g or [None]))
                 rows, strides = piece.rows_of(origin, first), _strides(source, *inputs, y)
-                arguments = source, scale, *inputs, *rows, y, *strides
+                arguments = source, scales, *inputs, *rows, y, *strides, scale.stride(0)
                 options = {"furthest": furthest, "WIDE": _wide(source, s, y, *g), "TIME": TIME}
                 piece.by_lanes(kernels._forward, TIME, LANES, WARPS, EACH, *arguments, **options)
-    return out
+    return out, scale
 
 
 def backward(
     grad: Tensor,
+    scale: Tensor,
     values: Tensor,
     shift: Tensor,
     gate: Tensor | None,
@@ -88,7 +91,7 @@ def backward(
     boxes: int,
     furthest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` with respect to values, shift and gate (empty without one)."""
+    """Gradients of `forward` with respect to values, shift and gate (empty without one), by its scales."""
     _check(values)
     deterministic = torch.are_deterministic_algorithms_enabled()
     shapes = values.shape, values.shape, 0 if gate is None else values.shape
@@ -106,11 +109,11 @@ def backward(
             with turn:
                 dy, v, s, dv, ds, *gates = (piece.cut(x) for x in tensors)
                 g, dg = gates or (None, None)
-                source, scale = piece.source(v)
+                source, scales = piece.source(v, scale)
                 dread = piece.accumulator(rooms[number % STREAMS])
-                inputs = dy, source, scale, s, g
+                inputs = dy, source, scales, s, g
                 span = piece.length if deterministic else SPAN
-                strides = *_strides(dy, source, s, g, ds), span
+                strides = *_strides(dy, source, s, g, ds), scale.stride(0), span
                 arguments = *inputs, *piece.rows_of(origin, first), dread, ds, dg, *strides
                 wide = _wide(dy, source, s, dread, ds, *gates)
                 options = {"furthest": furthest, "WIDE": wide, "ATOMIC": not deterministic}
@@ -167,17 +170,16 @@ class Piece:
         dtype = torch.float64 if self.kind == BOX else torch.float32
         return room[: self.room].view(dtype).view(*self.shape[:2], self.width)
 
-    def source(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the kernels read from: values, with the scales of their rows [B, H, T]; or prefix sums."""
-        if self.kind == BOX:
-            sums = torch.empty(values.shape, dtype=torch.float64, device=values.device)
-            totals = self.totals(values, REVERSE=False)
-            self.by_tiles(kernels._sums, values, totals, sums, *_strides(values))
-            return sums, None
-        batch, length, heads = self.shape
-        scale = torch.empty(batch, heads, length, device=values.device)
-        self.by_tiles(kernels._scales, values, scale, *_strides(values))
-        return values, scale
+    def source(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the kernels read from: values, with the scales of their rows; or prefix sums."""
+        return (self.sums(values), None) if self.kind == BOX else (values, scale[self.rows, self.heads])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Prefix sums of rms(values), in fp64."""
+        sums = torch.empty(values.shape, dtype=torch.float64, device=values.device)
+        totals = self.totals(values, REVERSE=False)
+        self.by_tiles(kernels._sums, values, totals, sums, *_strides(values))
+        return sums
 
     def totals(self, source: Tensor, **options: Any) -> Tensor:
         """Sums of all rows up to the end of each block of rows, in fp64."""
@@ -218,6 +220,17 @@ class Piece:
         options |= {"CHANNELS": self.channels, "KIND": self.kind, "LANES": lanes, "EACH": each}
         programs = self.shape[0] * -(-self.length // queries) * -(-self.width // (lanes * each))
         _launch(kernel, programs, warps, *arguments, self.length, self.width, furthest, **options)
+
+
+def _scales(values: Tensor, boxes: int) -> Tensor:
+    """What brings rows of all but box heads to root mean square 1, [B, H, T]."""
+    batch, length, heads, channels = values.shape
+    scale = torch.empty(batch, heads - boxes, length, device=values.device)
+    if scale.numel():
+        all_of_them = Piece(NOW, slice(0, batch), slice(0, heads - boxes), 0, length, channels)
+        v = all_of_them.cut(_lanes(values))
+        all_of_them.by_tiles(kernels._scales, v, scale, *_strides(v))
+    return scale
 
 
 def pieces_of(values: Tensor, near: int, boxes: int, most: Mapping[int, int]) -> Iterator[Piece]:

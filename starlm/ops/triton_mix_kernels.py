@@ -134,6 +134,7 @@ def _forward(
     gate_row,
     out_batch,
     out_row,
+    scale_batch,
     length,
     width,
     furthest,
@@ -158,7 +159,7 @@ def _forward(
     shift += batch * shift_batch
     out += batch * out_batch
     if KIND != BOX:
-        scale += (batch * (width // CHANNELS) + lane * EACH // CHANNELS) * length
+        scale += batch * scale_batch + (lane * EACH // CHANNELS).to(tl.int64) * length
 
     start, last = _bounds(first, None, batch, time, length, length)
     o = _origin(origin, batch, time, lane * EACH, last, length, width, CHANNELS)
@@ -195,6 +196,7 @@ def _backward(
     gate_row,
     out_batch,
     out_row,
+    scale_batch,
     span,
     length,
     width,
@@ -223,7 +225,7 @@ def _backward(
     source += batch * source_batch + column
     target = dread + batch * length * width + column
     if KIND != BOX:
-        scale += (batch * (width // CHANNELS) + lane * EACH // CHANNELS) * length
+        scale += batch * scale_batch + (lane * EACH // CHANNELS).to(tl.int64) * length
     if gate is not None:
         gate += batch * gate_batch
         dgate += batch * out_batch

@@ -37,9 +37,13 @@ SAMPLE_TOKENS = 96
 
 
 class Interrupted(StarLMError):
-    """The user stopped the run; a checkpoint was written."""
+    """A signal stopped the run; a checkpoint was written."""
 
-    exit_code = 130
+    def __init__(self, message: str, number: int) -> None:
+        """Args: number: of the signal."""
+        super().__init__(message)
+        # As shells have it of a process that a signal ends.
+        self.exit_code = 128 + number
 
 
 def train(
@@ -146,9 +150,9 @@ class _Session:
                 if save:
                     self._save()
                 # Who is told to stop must find a checkpoint.
-                if save and stopped():
+                if save and (number := stopped()):
                     raise Interrupted(
-                        f"Stopped at step {self.done} of {horizon}; saved. Run it again to go on."
+                        f"Stopped at step {self.done} of {horizon}; saved. Run it again to go on.", number
                     )
         result = self._validate()
         self._sample()
@@ -245,14 +249,14 @@ def _require_finite(loss: float, norm: float, step: int, run: Run) -> None:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come, so that the loop can end behind a whole step.
+def _stop_signal() -> Iterator[Callable[[], int]]:
+    """Which of SIGINT and SIGTERM has come, or 0, so that the loop can end behind a whole step.
 
     A second signal acts as it would without us. Off the main thread signals are left alone.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -265,7 +269,7 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
     for number in numbers:
         signal.signal(number, remember)
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else 0
     finally:
         for number in numbers:
             signal.signal(number, before[number])

@@ -33,6 +33,9 @@ def test_a_server_under_load(tmp_path, capsys):
 def test_tokens_that_are_read_together_share_their_time():
     assert serve.gaps([]) == serve.gaps([1.0]) == []
     assert serve.gaps([1.0, 1.5, 3.5]) == [0.5, 2.0]
+    # Of answers that came at once.
+    assert serve._written(serve._percentiles([])) == "-"
+    assert serve._written(serve._percentiles([0.5, 2.0, 2.0])) == "2,000.0  2,000.0"
     assert serve.gaps([1.0, 1.00005, 2.0, 2.00005, 2.0001]) == pytest.approx([1 / 3] * 3, abs=1e-4)
 
 

@@ -189,7 +189,13 @@ def test_every_key_that_transformers_writes_is_known_to_the_reader(tmp_path):
     assert written - {"_name_or_path"} <= checkpoint._HF_KEYS
     model, wrapper = make_pair("gated", dtype=torch.float32)
     wrapper.config.update(
-        {"tie_word_embeddings": False, "sep_token_id": 3, "tokenizer_class": "PreTrainedTokenizerFast"}
+        {
+            "tie_word_embeddings": False,
+            "sep_token_id": 3,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "is_decoder": True,
+            "torch_dtype": "float32",
+        }
     )
     wrapper.config.update(
         {"use_cache": False, "num_labels": 3, "problem_type": "regression", "return_dict": False}

@@ -22,6 +22,7 @@ KINDS = {
     "star product": {"preset": "product", "kinds": ("box", "4-gram", "now", "token"), "dim": 32, "heads": 4},
     "star, longest match": {**STAR, "kinds": ("now", "longest", "box", "bigram")},
     "window": {"layers": "W", "attention_window": 4},
+    "star window": {**STAR, "layers": "DDW", "depth": 3, "attention_window": 6},
     "convolution": {"layers": "C"},
     "star mixed": {**STAR, "layers": "DWC", "depth": 3, "attention_window": 7},
 }

@@ -1,7 +1,7 @@
 """A step of decoding in one piece equals the full forward, whatever happens to states and weights meanwhile.
 
 On a CPU its program, and all of the GPU's graph but the graph itself: the function that it would be captured
-from, with the CPU's kernel in place of the GPU's, which test_triton_step.py tests.
+from, with the CPU's kernels in place of the GPU's, which tests/ops has tests for.
 """
 
 import copy
@@ -20,16 +20,25 @@ from starlm.model import graph, program, step
 from starlm.model.model import StarLM
 from starlm.model.state import DecodeState, row_layout
 from starlm.nn.deformer import Deformer
-from starlm.ops import cpu_program, cpu_step, plain, triton_step
+from starlm.ops import cpu_attention, cpu_program, cpu_step, plain, triton_attention, triton_step
 
-LAYERS = {kind: set(options.get("layers", "D")) for kind, options in (KINDS | BOUNDED).items()}
-STEPPED = [kind for kind, layers in LAYERS.items() if layers == {"D"}]
-ON_CPU = [kind for kind, layers in LAYERS.items() if layers <= {"D", "A", "W"}]
+STEPPED = [kind for kind, options in (KINDS | BOUNDED).items() if "C" not in options.get("layers", "D")]
 
 
 def by_cpu(values, shift, gate, origin, streams, **layout):
     rows = [] if origin is None else [row[:, None] for row in origin.unbind(1)]
     return cpu_step.step(values, shift, gate, rows, streams.numpy(), **layout)
+
+
+def attention_by_cpu(query, key, value, turns, places, *, window):
+    batch, _, heads, channels = query.shape
+    out, turns, like = np.empty(query.shape, np.float32), turns.numpy(), np.empty(0, np.float32)
+    for slot in range(batch):
+        for head in range(heads):
+            new = (x[slot, 0, head].numpy() for x in (query, key, value))
+            more = turns[slot], places.numpy(), window or 0, slot, head * channels, heads * channels, like
+            cpu_attention.attend(*new, *more, out[slot, 0, head])
+    return torch.from_numpy(out)
 
 
 STEPPERS = ["program", "graph", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -39,8 +48,8 @@ STEPPERS = ["program", "graph", pytest.param("cuda", marks=pytest.mark.gpu)]
 def stepper(request, monkeypatch):
     if request.param == "graph":
         monkeypatch.setitem(step.STEPPERS, "cpu", graph.Graphs)
-        monkeypatch.setitem(step.MODULES, "cpu", step.MODULES["cuda"])
         monkeypatch.setattr(triton_step, "step", by_cpu)
+        monkeypatch.setattr(triton_attention, "attend", attention_by_cpu)
     return request.param
 
 
@@ -49,14 +58,8 @@ def device(stepper):
     return "cuda" if stepper == "cuda" else "cpu"
 
 
-def with_steppers(*kinds):
-    """Models of these kinds with each stepper; those with attention with the one that has it."""
-    pairs = [pytest.param("program", kind) for kind in kinds if kind not in STEPPED]
-    for name in STEPPERS:
-        marks = getattr(name, "marks", ())
-        name = name if isinstance(name, str) else name.values[0]
-        pairs += [pytest.param(name, kind, marks=marks) for kind in kinds if kind in STEPPED]
-    return pytest.mark.parametrize(("stepper", "kind"), pairs, indirect=["stepper"])
+def of_kinds(*kinds):
+    return pytest.mark.parametrize("kind", kinds)
 
 
 with_graphs = pytest.mark.parametrize("stepper", STEPPERS[1:], indirect=True)
@@ -95,14 +98,14 @@ def check(model, state, text, count, tolerance=1e-4):
     return text
 
 
-@with_steppers(*ON_CPU)
+@of_kinds(*STEPPED)
 def test_token_by_token_equals_the_full_forward(device, kind):
     """From nothing, over several doublings of the buffers."""
     model = model_on(device, kind)
     check(model, model.new_state(), [tokens_on(device, 0)], 300 if device == "cuda" else 140)
 
 
-@with_steppers("star", "star product", "star, bounded", "star, longest match", "window", "mixed product")
+@of_kinds("star", "star product", "star, bounded", "star, longest match", "star window", "mixed product")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_slots_at_different_positions(device, kind, mode):
     """Cropped, forked, emptied, in other company, and read by the ordinary path between steps."""
@@ -137,7 +140,7 @@ def test_slots_at_different_positions(device, kind, mode):
         check(model, state, text, 150 if device == "cuda" else 20)
 
 
-@with_steppers("gated, bounded", "star, bounded", "product, bounded", "window")
+@of_kinds("gated, bounded", "star, bounded", "product, bounded", "window")
 def test_rows_that_move_to_the_front(device, kind):
     model = model_on(device, kind, depth=1)
     prompt = tokens_on(device, 1, 1000)
@@ -148,7 +151,7 @@ def test_rows_that_move_to_the_front(device, kind):
     assert any(rows.base for rows in rows)
 
 
-@with_steppers("gated", "star", "star product", "mixed", "window")
+@of_kinds("gated", "star", "star product", "mixed", "window")
 def test_packed_and_padded_slots(device, kind):
     model = model_on(device, kind)
     pads, prompt, more = (0, 3, 7), tokens_on(device, 3, 20), tokens_on(device, 3, 12)
@@ -222,7 +225,7 @@ def test_weights_that_change(device):
     decode()
 
 
-@with_steppers("star", "window")
+@of_kinds("star", "window")
 def test_settings_that_change(device, kind):
     """After the first step, in which they are written down."""
     model, setting = model_on(device, kind), "max_shift" if kind == "star" else "window"
@@ -242,7 +245,7 @@ def test_layers_that_differ(device, layer):
     check(model, model.new_state(), [tokens_on(device, 0)], 20)
 
 
-def test_layers_that_disagree_go_the_ordinary_way(device, stepper):
+def test_layers_that_disagree_go_the_ordinary_way(device):
     """On where their anchored heads read, or on positions."""
     tokens = tokens_on(device, 1, 20)
 
@@ -256,10 +259,9 @@ def test_layers_that_disagree_go_the_ordinary_way(device, stepper):
     other = Deformer(model.config.width, model.blocks[0].mixer.heads, preset="gated", kinds=("token", "now"))
     model.blocks[0].mixer = randomise(other).to(device)
     check_composed(model)
-    if stepper == "program":
-        model = model_on(device, "attention")
-        model.blocks[0].mixer.rope_base = 0.0
-        check_composed(model)
+    model = model_on(device, "attention")
+    model.blocks[0].mixer.rope_base = 0.0
+    check_composed(model)
 
 
 def test_a_state_of_another_dtype_goes_the_ordinary_way(device):
@@ -276,9 +278,9 @@ def test_a_state_of_another_dtype_goes_the_ordinary_way(device):
     assert len(step.sizes_of(model)) == before
 
 
-def test_where_a_step_goes_the_ordinary_way(device, stepper):
+def test_where_a_step_goes_the_ordinary_way(device):
     tokens, taken = tokens_on(device, 2, 1), step.sizes_of
-    for kind in ("star mixed", "convolution") if stepper == "program" else ("mixed", "window", "star mixed"):
+    for kind in ("star mixed", "convolution"):
         model = model_on(device, kind)
         model(tokens, state=model.new_state(2))
         assert not taken(model)
@@ -351,7 +353,9 @@ def test_a_token_that_the_vocabulary_lacks_is_an_error():
     model = model_on("cpu", "gated")
     for token in (model.config.vocab_size, -1):
         state = model.new_state()
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=r"Token ids must be 0 to \d+; got"):
+            model(torch.tensor([[1, token, 2]]))
+        with pytest.raises(IndexError, match=r"Token ids must be 0 to \d+; got"):
             model(torch.tensor([[token]]), state=state)
         assert state.lengths == [0]
 

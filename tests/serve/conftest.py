@@ -7,17 +7,20 @@ import pytest
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent / "model"), str(here.parent / "nn")]
 
-from servers import Server, make_run  # noqa: E402
-
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
+    # Not above: pytest reads this file before the shape checks are there.
+    from servers import make_run
+
     return make_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture
 def serve(tmp_path):
     """Starts servers, and ends them after the test."""
+    from servers import Server
+
     started = []
 
     def start(*options):
