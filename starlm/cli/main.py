@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 from starlm.errors import InputError, StarLMError
 from starlm.version import __version__
@@ -114,11 +115,19 @@ def _run(name: str, summary: str, verb: "Verb", argv: list[str]) -> int:
         options, shared = resolve(f"starlm {name}", summary, verb, argv)
     except SystemExit as stop:
         # tyro has printed the help (0), or what was wrong with the command line (2).
+        if stop.code and argv and os.path.exists(argv[0]) and _names_model(verb):
+            print(f"Perhaps: starlm {name} --model {' '.join(argv)}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 2
     console = Console(json=shared.json)
     result = dry_run(verb, options, console) if shared.dry_run else verb.run(options, console)
     console.finish(result)
     return 0
+
+
+def _names_model(verb: "Verb") -> bool:
+    """Whether its --model is a checkpoint, and not the settings of a new one."""
+    kind = get_type_hints(verb.options).get("model")
+    return kind is not None and not is_dataclass(kind)
 
 
 def _find_verb(argv: list[str]) -> tuple[str, list[str]]:

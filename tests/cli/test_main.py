@@ -114,16 +114,28 @@ def test_torch_out_of_memory_is_recognised(command, stand_in):
     assert command("train").err.startswith("error: Out of memory.")
 
 
-def test_stopped_run_is_130(command, stand_in):
+@pytest.mark.parametrize("number", [130, 143])
+def test_a_run_that_a_signal_stopped_is_no_error(command, stand_in, number):
     class Interrupted(StarLMError):
-        exit_code = 130
+        exit_code = number
 
     def train(config, on_record):
         raise Interrupted("Stopped at step 3; saved.")
 
     stand_in("starlm.train.loop", train=train)
     done = command("train")
-    assert (done.code, done.err) == (130, "Stopped at step 3; saved.\n")
+    assert (done.code, done.err) == (number, "Stopped at step 3; saved.\n")
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat", "inspect"])
+def test_a_model_without_its_option(command, tmp_path, verb):
+    (tmp_path / "run").mkdir()
+    done = command(verb, "run", "--port", "0")
+    assert done.code == 2
+    assert done.err.endswith(f"Perhaps: starlm {verb} --model run --port 0\n")
+    # Of what is no folder, and of a verb whose --model is something else, nothing is known.
+    assert "Perhaps" not in command(verb, "walk").err
+    assert "Perhaps" not in command("train", "run").err
 
 
 def test_debug_prints_the_traceback(command, stand_in):
