@@ -4,7 +4,6 @@ Written as compositions, for training only: no decode state, no fused kernels. W
 docs/evidence.md.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from starlm.nn.deformer import Deformer
 from starlm.nn.linear import init_matrix, linear
 from starlm.ops import deform
-from starlm.ops.box import box
+from starlm.ops.box import box, prefix_sums
 from starlm.ops.constants import BOX_SCALE
 from starlm.ops.elementwise import rms
 
@@ -73,11 +72,11 @@ class Star(Deformer):
         )
         v = values[:, :, self.spans["box"]].float()
         if self.weigh is None:
-            mean, width = box(_prefix_sums(v), distances["box"], first=first)
+            mean, width = box(prefix_sums(v), distances["box"], first=first)
         else:
             weight = self.weigh(x).float().clamp(-8, 8).exp().unflatten(-1, (v.shape[2], -1)).expand_as(v)
-            whole, _ = box(_prefix_sums(weight), distances["box"], first=first)
-            mean, width = box(_prefix_sums(weight * v), distances["box"], first=first)
+            whole, _ = box(prefix_sums(weight), distances["box"], first=first)
+            mean, width = box(prefix_sums(weight * v), distances["box"], first=first)
             mean = mean / whole
         read.append((mean * width.detach().clamp(max=BOX_SCALE).sqrt()).to(values.dtype))
         y, gate = torch.cat(read, dim=2), self.gate(x).unflatten(-1, (self.heads, -1))
@@ -100,15 +99,6 @@ class Star(Deformer):
                 torch.where(origins[n] < 0, shorter[n], o) for n, o in zip(self.orders, found, strict=True)
             ]
         return torch.stack(found, dim=-1)
-
-
-def _prefix_sums(values: Float[Tensor, "B T H C"]) -> Float[Tensor, "B T1 H C"]:
-    """`starlm.ops.box.prefix_sums`, in blocks: a GPU has one thread for all of a column to add up."""
-    length = values.shape[1]
-    block = math.gcd(length, 64)
-    sums = values.double().unflatten(1, (-1, block)).cumsum(2)
-    before = nn.functional.pad(sums[:, :-1, -1].cumsum(1), (0, 0, 0, 0, 1, 0))
-    return nn.functional.pad((sums + before[:, :, None]).flatten(1, 2), (0, 0, 0, 0, 1, 0))
 
 
 class Taps(nn.Module):

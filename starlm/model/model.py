@@ -213,6 +213,7 @@ def _rows_of(embedding: nn.Embedding, tokens: Int[Tensor, "B T"]) -> Float[Tenso
     try:
         return embedding(tokens)
     except IndexError:
-        low, high = tokens.aminmax()
-        known = len(embedding.weight) - 1
+        (low, high), known = tokens.aminmax(), len(embedding.weight) - 1
+        if low >= 0 and high <= known:
+            raise
         raise IndexError(f"Token ids must be 0 to {known}; got {low} to {high}.") from None

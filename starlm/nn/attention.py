@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from starlm.nn.linear import init_matrix, linear, project
+from starlm.nn.linear import init_matrix, linear
 from starlm.nn.state import LayerState, Reserved
 from starlm.ops.elementwise import rms
 
@@ -53,8 +53,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Attend to rows first .. own row; arguments as for `Deformer.forward`, `origins` without effect."""
         batch, length, _ = x.shape
-        projected = project(x, self.query, self.key, self.value)
-        q, k, v = (rows.unflatten(-1, (self.heads, -1)) for rows in projected)
+        q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
         if isinstance(state, Reserved):
             from starlm.ops import triton_attention  # triton takes half a second to import
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
-from starlm.nn.linear import init_matrix, linear, project
+from starlm.nn.linear import init_matrix, linear
 from starlm.nn.state import LayerState, NoState, Reserved
 from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
@@ -190,13 +190,10 @@ class Deformer(nn.Module):
             self._check_origins(origins)
         where = first, origins or {}, state
         if self.preset == "product":
-            layers = self.query, self.query_shift, self.key, self.key_shift
-            query, query_shift, key, key_shift = project(x, *layers)
-            q = self._read("query", query, query_shift, None, *where)
-            return q * self._read("key", key, key_shift, None, *where)
-        layers = [self.value, self.shift] + ([] if self.preset == "value" else [self.gate])
-        value, shift, *gate = project(x, *layers)
-        return self.out(self._read("value", value, shift, gate[0] if gate else None, *where))
+            q = self._read("query", self.query(x), self.query_shift(x), None, *where)
+            return q * self._read("key", self.key(x), self.key_shift(x), None, *where)
+        gate = None if self.preset == "value" else self.gate(x)
+        return self.out(self._read("value", self.value(x), self.shift(x), gate, *where))
 
     def write_step(self, code: "Code", layer: int) -> None:
         """Add to the code of a step: x += what `forward` makes of rms(x), as number `layer` of a model."""

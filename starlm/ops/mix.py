@@ -116,6 +116,8 @@ def _(grad, kept, values, shift, gate, origin, first, near, boxes, furthest):
 
 
 def _save(ctx, inputs, output):
+    # Of what is kept there is no gradient, and none is to be made of zeros.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs[:5])
     ctx.settings = inputs[5:]
 

@@ -78,7 +78,7 @@ def _attend(
     tl.store(values + past * width + lane, v, mask=inside)
 
     begin = tl.maximum(first, tl.where(window > 0, past + 1 - window, 0))
-    begin = tl.minimum(tl.maximum(begin, 0), past)
+    begin = tl.maximum(begin, 0)
     highest = tl.sum(q * k.to(tl.float32), 0)
     total, read = tl.full((), 1.0, tl.float32), v.to(tl.float32)
     for start in range(begin, past, ROWS):

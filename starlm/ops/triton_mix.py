@@ -64,7 +64,7 @@ def forward(
     _check(values)
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     tensors = [_lanes(x) for x in (values, shift, out)] + ([] if gate is None else [_lanes(gate)])
-    scale = _scales(values, boxes)
+    scale = _scales(tensors[0], values.shape, boxes)
     # All at once, but for box heads: who reads their sums is to find them in the cache.
     pieces = list(pieces_of(values, near, boxes, {BOX: PIECE}))
     with _turns(len(pieces), values.device) as turns:
@@ -222,13 +222,16 @@ class Piece:
         _launch(kernel, programs, warps, *arguments, self.length, self.width, furthest, **options)
 
 
-def _scales(values: Tensor, boxes: int) -> Tensor:
-    """What brings rows of all but box heads to root mean square 1, [B, H, T]."""
-    batch, length, heads, channels = values.shape
+def _scales(values: Tensor, shape: torch.Size, boxes: int) -> Tensor:
+    """What brings rows of all but box heads to root mean square 1, [B, H, T]; of values [B, T, D].
+
+    Args: shape: [B, T, H, C].
+    """
+    batch, length, heads, channels = shape
     scale = torch.empty(batch, heads - boxes, length, device=values.device)
     if scale.numel():
         all_of_them = Piece(NOW, slice(0, batch), slice(0, heads - boxes), 0, length, channels)
-        v = all_of_them.cut(_lanes(values))
+        v = all_of_them.cut(values)
         all_of_them.by_tiles(kernels._scales, v, scale, *_strides(v))
     return scale
 

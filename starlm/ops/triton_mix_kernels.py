@@ -117,7 +117,7 @@ def _read(
     return read, edge
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["scale_batch", "length"])
 def _forward(
     source,
     scale,
@@ -174,7 +174,7 @@ def _forward(
     _store(out + (_offset(time, out_row, WIDE) + column), read, inside)
 
 
-@triton.jit(do_not_specialize=["length", "span"])
+@triton.jit(do_not_specialize=["scale_batch", "length", "span"])
 def _backward(
     grad,
     source,

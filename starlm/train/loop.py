@@ -39,7 +39,7 @@ SAMPLE_TOKENS = 96
 class Interrupted(StarLMError):
     """A signal stopped the run; a checkpoint was written."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         """Args: number: of the signal."""
         super().__init__(message)
         # As shells have it of a process that a signal ends.

@@ -61,7 +61,7 @@ def build(monkeypatch, tmp_path):
         signature |= {"furthest": "fp32"} if "furthest" in signature else {}
         signature |= dict.fromkeys(constants, "constexpr")
         # As the launcher marks them for the usual sizes.
-        unmarked = ("length", "span", "blocks", "heads", "furthest")
+        unmarked = ("scale_batch", "length", "span", "blocks", "heads", "furthest")
         attributes = {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(kernel.arg_names)
