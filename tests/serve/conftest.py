@@ -38,6 +38,8 @@ def serve(tmp_path):
 @pytest.fixture(scope="session")
 def server(run, tmp_path_factory):
     """One server for all tests that leave it as it was."""
+    from servers import Server, make_run
+
     template = (
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}_start|>{{ m.content }}<|{{ m.role }}_end|>"
         "{% endfor %}<|assistant_start|>"
