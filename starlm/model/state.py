@@ -211,7 +211,7 @@ class DecodeState:
         return [LayerState(streams, lengths, place, starts) for streams in columns]
 
     def step_table(
-        self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Int[np.ndarray, "B"]
+        self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Int[np.ndarray, " B"]
     ) -> Int[np.ndarray, "L S 3 3 B"] | None:
         """Room for one more token in every slot: what `Deformer.make_room` says, of all layers at once.
 

@@ -183,7 +183,7 @@ class Code:
         weight: Float[Tensor, "N K"],
         out: Row,
         *,
-        bias: Float[Tensor, "N"] | None = None,
+        bias: Float[Tensor, " N"] | None = None,
         normalise: bool = False,
         then: int = STORE,
     ) -> None:
@@ -285,7 +285,7 @@ class Code:
     def run(
         self,
         table: Float[Tensor, "V D"],
-        ids: Int[Tensor, "B"],
+        ids: Int[Tensor, " B"],
         streams: Int[np.ndarray, "L S 3 3 B"],
         origin: Int[np.ndarray, "B A"],
         turns: Float[np.ndarray, "B 2 _"],
