@@ -1,11 +1,12 @@
-"""Fused CPU kernels of RMSNorm and relu²: one pass forward, one backward."""
+"""Fused CPU kernels of RMSNorm, relu² and the loss of a chunk of logits."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from starlm.errors import InputError
 from starlm.ops.cpu_base import array, spread, store, widen
-from starlm.ops.cpu_math import ONE, TWO, ZERO, f32, jit
+from starlm.ops.cpu_math import ONE, TWO, ZERO, exp, f32, jit, tanh_of_half
 
 # Of these that count as one where it is decided whether a second thread pays.
 LIGHT = 8
@@ -61,6 +62,41 @@ def _relu2_backward(grad, x, out, begin, end):
         store(out, i, TWO * v * f32(widen(grad[i])))
 
 
+@jit
+def _softmax_loss(logits, targets, highest, cap, losses, wants_grad, row0, row1):
+    width = logits.shape[1]
+    # A row's softcap and exponentials, unrounded: the gradient needs both.
+    capped, chances = np.empty(width, np.float32), np.empty(width, np.float32)
+    inverse = ONE / cap if cap > 0 else ZERO
+    scale = TWO * inverse
+    for row in range(row0, row1):
+        x, target, top = logits[row], targets[row], highest[row]
+        if target < 0:
+            losses[row] = 0
+            x[:] = 0
+            continue
+        if cap > 0:
+            top = cap * tanh_of_half(scale * top)
+            for c in range(width):
+                capped[c] = cap * tanh_of_half(scale * f32(widen(x[c])))
+        else:
+            for c in range(width):
+                capped[c] = f32(widen(x[c]))
+        total = ZERO
+        for c in range(width):
+            e = exp(capped[c] - top)
+            chances[c] = e
+            total += e
+        losses[row] = top + np.log(total) - capped[target]
+        if wants_grad:
+            share = ONE / total
+            for c in range(width):
+                t = capped[c] * inverse
+                store(x, c, chances[c] * share * (ONE - t * t))
+            t = capped[target] * inverse
+            store(x, target, (chances[target] * share - ONE) * (ONE - t * t))
+
+
 def rms(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`starlm.ops.elementwise.rms` for CPU tensors in fp32 or bfloat16, in another of them or the same."""
     return _rows(_rms, x, eps=eps, dtype=dtype)
@@ -79,6 +115,28 @@ def relu2(x: Tensor) -> Tensor:
 def relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Its gradient."""
     return _flat(_relu2_backward, grad.to(x.dtype), x)
+
+
+def softmax_loss(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bool) -> Tensor:
+    """Losses [N] of logits [N, V], in fp32; with `wants_grad` the logits become the gradient of the sum.
+
+    Args:
+        logits: contiguous, in fp32 or bfloat16, which the gradient is rounded to.
+        targets: int64; negative ones are ignored: loss and gradient 0.
+
+    Raises:
+        InputError: a target beyond the vocabulary, where the kernel would write into memory of others.
+    """
+    if targets.numel() and (largest := int(targets.max())) >= logits.shape[1]:
+        raise InputError(
+            f"cross_entropy needs targets below the vocabulary's {logits.shape[1]}; got {largest}."
+        )
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    # Only to keep exp from overflowing: any number near the maximum would do.
+    highest = logits.amax(-1).float()
+    arrays = [array(logits), array(targets), array(highest), f32(softcap), array(losses)]
+    spread(lambda *ends: _softmax_loss(*arrays, wants_grad, *ends), len(logits), logits.numel())
+    return losses
 
 
 def _rows(kernel, *inputs: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

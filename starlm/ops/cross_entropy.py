@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.ops.backends import HAS_TRITON
+from starlm.ops.backends import has_kernels, load_kernels
 from starlm.ops.plain import is_plain
 
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.
@@ -144,16 +144,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def _losses(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bool) -> tuple[Tensor, Tensor]:
     """Losses [N] of logits [N, V], which may be written over, and, if wanted, the gradient of their sum."""
-    device, exact = logits.device.type, torch.promote_types(logits.dtype, torch.float32)
-    if exact == torch.float32 and device == "cpu":
-        from starlm.ops.cpu_softmax import softmax_loss  # numba takes half a second to import
-
-        logits = _exact(logits)
-        return softmax_loss(logits, targets, softcap, wants_grad), logits
-    if exact == torch.float32 and device == "cuda" and HAS_TRITON:
-        from starlm.ops.triton_elementwise import softmax_loss
-
-        return softmax_loss(logits, targets, softcap, wants_grad), logits
+    if has_kernels(logits.device, logits.dtype):
+        kernels = load_kernels("elementwise", logits.device)
+        return kernels.softmax_loss(logits, targets, softcap, wants_grad), logits
     return _softmax_loss(_exact(logits), targets, softcap)
 
 
