@@ -6,7 +6,6 @@ Runs that have a result are skipped, a run that was cut off goes on from its las
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +13,12 @@ import torch
 
 from experiments import packages
 from experiments.measure import by_position_and_recall
+from experiments.store import save
 from experiments.variants import NAMES, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.device import pick_device
 from starlm.errors import StarLMError
-from starlm.files import write_whole
 from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
 from starlm.report.metrics import read_run
@@ -107,8 +106,7 @@ def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
         "curve": curve,
         **split,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(result, (json.dumps(record, indent=1) + "\n").encode())
+    save(result, record)
     return result
 
 

@@ -7,7 +7,6 @@ no warm-up, cosine to 0, at most 64 epochs, stop above 99 %.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.store import save
 from experiments.variants import NAMES, builder, settings
 from starlm.data.loader import Batch
 from starlm.device import pick_device
-from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.step import TrainingStep
@@ -152,8 +151,7 @@ def run(args: argparse.Namespace, rate: float) -> None:
         "seconds": round(time.perf_counter() - began, 1),
         "curve": curve,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    save(path, result)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ comes again and the model must say the answer. Prints time per token and memory 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import psutil
 import torch
 from torch import nn
 
+from experiments.store import save
 from experiments.variants import NAMES, builder, settings
 from starlm.data.prepare import prepare
 from starlm.data.shards import Split, TokenData
-from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -151,9 +150,8 @@ def main() -> None:
         "found": found,
         "along_the_way": measured,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{args.variant}-{args.length}-seed{args.seed}.json"
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    save(path, result)
 
 
 if __name__ == "__main__":

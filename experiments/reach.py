@@ -2,20 +2,19 @@
 
     python -m experiments.reach runs/demo --data data/demo --tokens 65536
 
-Writes reach-NAME.json and reach-NAME.png into `results/reach`.
+Writes NAME.json and NAME.png into `results/reach`.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from experiments.store import save
 from starlm.data.loader import sequential_rows
 from starlm.data.shards import Split, TokenData
 from starlm.evaluate.reads import BINS, LAYERS, GroupReads, Tally, watching
-from starlm.files import write_whole
 from starlm.model.checkpoint import find_checkpoint, load_model
 from starlm.model.model import StarLM
 from starlm.report.reads_plot import write_histograms
@@ -66,9 +65,8 @@ def main() -> None:
         "bins": BINS[: max((len(group.reach.histogram) for group in groups), default=0)],
         "groups": [asdict(group) for group in groups],
     }
-    path = args.out / f"reach-{args.run.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    path = args.out / f"{args.run.name}.json"
+    save(path, data)
     write_histograms(data, path.with_suffix(".png"))
     for group in groups:
         reach = group.reach

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from experiments.store import save
 from starlm.data.loader import PackedLoader
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
-from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.ops import plain
@@ -78,9 +78,8 @@ def main() -> None:
         "largest_difference": {"first_10_steps": max(apart[:10]), "all": max(apart)},
     }
     print(json.dumps(result, indent=1))
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"star-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}.json"
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    save(path, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ which of 8 equal parts of the trained length a position lies.
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.store import save
 from experiments.variants import NAMES, builder, settings
 from starlm.data.loader import Batch
 from starlm.device import pick_device
-from starlm.files import write_whole
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -153,8 +152,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - began, 1),
         "accuracy": by_length,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    save(path, result)
 
 
 if __name__ == "__main__":

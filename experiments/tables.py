@@ -154,12 +154,13 @@ def main() -> None:
     )
     tables = {"lm": lm, "synthetic": synthetic, "mqar": mqar}
     parser.add_argument("kind", choices=list(tables))
+    parser.add_argument("--corpus", help="only runs on this text")
     parser.add_argument("--steps", type=int, help="only runs of this many steps")
     parser.add_argument("--length", type=int, help="only runs on rows of this many tokens")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--plot", type=Path, help="with lm: also draw the curves into this file")
     args = parser.parse_args()
-    wanted = {"steps": args.steps, "length": args.length}
+    wanted = {"corpus": args.corpus, "steps": args.steps, "length": args.length}
     rows = [
         row
         for row in read(args.kind)

@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "star-W": {"preset": "star", "layers": "DDW", "attention_window": 64},
     "star-W256": {"preset": "star", "layers": "DDW", "attention_window": 256},
     "star-DW": {"preset": "star", "layers": "DW", "attention_window": 64},
+    "gated-W256": {"preset": "gated", "layers": "DDW", "attention_window": 256},
+    "transformer-W256": {"layers": "W", "attention_window": 256},
     "star-A": {"preset": "star", "layers": "DDA"},
     "star-A1": {"preset": "star", "layers": "DDDADD"},
     "transformer-anchors": {"layers": "AD", "preset": "gated", "kinds": ("token", "bigram")},
