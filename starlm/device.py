@@ -1,15 +1,18 @@
 """What the machine can do."""
 
 import math
+import sys
 import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import torch
 
 from starlm.errors import InputError
 
+_CGROUP = Path("/sys/fs/cgroup")
 # How much faster products must be in bfloat16: what lies between them casts.
 _GAIN = 1.3
 
@@ -51,9 +54,20 @@ def pick_dtype(name: str) -> torch.dtype | None:
 def free_memory(device: torch.device) -> int:
     """Bytes that tensors on the device may still take."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return min(psutil.virtual_memory().available, _left_to_container())
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _left_to_container() -> int:
+    """Bytes until the limit of this process's container (cgroup v2), if it has one."""
+    try:
+        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # The file cache counts as used, and goes when memory is short.
+        return sys.maxsize if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return sys.maxsize
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -7,6 +7,7 @@ text = to_toml(config)
 import tomllib
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -75,12 +76,35 @@ def _convert(value: Any, hint: Any, name: str, where: str) -> Any:
             return tuple(_convert(v, k, name, where) for v, k in zip(value, kinds, strict=True))
     elif hint is Path and isinstance(value, str | Path):
         return Path(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
+    elif hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
-    wanted = getattr(hint, "__name__", str(hint))
+    wanted = _name_of(hint)
     raise InputError(f"{name} in {where} must be of type {wanted}; got {value!r}.")
+
+
+def _name_of(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def settle_types(config: Any, prefix: str = "") -> None:
+    """Make each field of a frozen dataclass what it is declared as: in `__post_init__`, before other checks.
+
+    Args:
+        prefix: what messages put before the names of fields.
+
+    Raises:
+        InputError: names the field, its type, and what it got instead.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not is_dataclass(hint):
+            object.__setattr__(config, name, _convert(value, hint, prefix + name, type(config).__name__))
+        elif not isinstance(value, hint):  # type: ignore[arg-type]
+            raise InputError(f"{prefix}{name} must be a {_name_of(hint)}; got {value!r}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -33,3 +33,17 @@ def test_where_there_are_instructions_a_measurement_decides(asked_anew, monkeypa
     # Once is enough.
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: pytest.fail("a product"))
     asked_anew()
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("max", "5", None), ("1000", "900", 100 + 30), ("soon", "5", None), (None, None, None)],
+)
+def test_memory_of_a_container_has_an_end(tmp_path, monkeypatch, limit, used, left):
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text(used + "\n")
+        (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 30\n")
+    free = device.free_memory(torch.device("cpu"))
+    assert free == left if left is not None else free > 1 << 20

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from starlm.errors import InputError
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
-from starlm.train.config import TrainConfig
+from starlm.train.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,3 +142,15 @@ def test_read_toml(tmp_path):
         read_toml(path)
     path.write_text("a = 1\n[b]\nc = 'd'\n")
     assert read_toml(path) == {"a": 1, "b": {"c": "d"}}
+
+
+def test_what_is_made_in_python_has_the_types_that_are_declared():
+    made = TrainConfig(steps=np.int64(3), optim=OptimConfig(clip=2), sample_prompts=["a"], data="there")
+    assert (type(made.steps), type(made.optim.clip), made.sample_prompts) == (int, float, ("a",))
+    assert made.data == Path("there")
+    with pytest.raises(InputError, match=r"steps in TrainConfig must be of type int; got 2\.5"):
+        TrainConfig(steps=2.5)
+    with pytest.raises(InputError, match=r"optim\.clip in OptimConfig must be of type float; got 'x'"):
+        OptimConfig(clip="x")
+    with pytest.raises(InputError, match="model must be a StarLMConfig; got 3"):
+        TrainConfig(model=3)

@@ -75,6 +75,9 @@ class Tokenizer:
         """
         # Otherwise "<|bos|>" in somebody's text would become the token.
         inner.encode_special_tokens = True
+        # transformers writes what its last call cut or filled up to into the file.
+        inner.no_truncation()
+        inner.no_padding()
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size()
         self.special: dict[str, int] = {}

@@ -34,7 +34,7 @@ class Answer:
         text, finish = self.assembly.push(token.id), None
         if self.assembly.stopped:
             finish = "stop"
-        elif len(self.ids) == self.stream.request.max_tokens:
+        elif len(self.ids) >= self.stream.request.max_tokens:
             text, finish = text + self.assembly.flush(), "length"
         return Piece(self.index, text, (token,), finish)
 

@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from starlm.errors import InputError, StarLMError
@@ -40,12 +41,18 @@ class Request:
 
         if not len(self.tokens):
             raise InputError("tokens must not be empty: a text begins with <|bos|>.")
-        require(self.max_tokens >= 0, "0 or more", "max_tokens")
-        require(self.n >= 1, "1 or more", "n")
+        require(_is_count(self.max_tokens), "a whole number, 0 or more", "max_tokens")
+        require(_is_count(self.n) and self.n >= 1, "a whole number, 1 or more", "n")
+        require(not isinstance(self.stop, str), "a tuple of strings", "stop")
         if not all(self.stop):
             raise InputError("stop must not contain an empty string.")
         require(_is_text(self.begin), "whole characters in UTF-8", "begin")
-        require(self.logprobs is None or self.logprobs >= 0, "0 or more, or None", "logprobs")
+        known = self.logprobs is None or _is_count(self.logprobs)
+        require(known, "a whole number, 0 or more, or None", "logprobs")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _is_text(raw: bytes) -> bool:

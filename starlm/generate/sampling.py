@@ -101,14 +101,14 @@ class Sampler:
             self._occurred = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._occurred[torch.tensor(prompt, dtype=torch.long, device=device)] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
-            self._counts = torch.zeros(vocab_size, device=device)
+            self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         if sampling.logit_bias:
             if max(sampling.logit_bias) >= vocab_size:
                 raise InputError(
                     f"logit_bias names token {max(sampling.logit_bias)}; the vocabulary has {vocab_size} "
                     f"tokens."
                 )
-            self._bias = torch.zeros(vocab_size, device=device)
+            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
             for token, bias in sampling.logit_bias.items():
                 self._bias[token] = bias
 

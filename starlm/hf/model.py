@@ -5,7 +5,7 @@ The modules have the names that they have in `StarLM`, so one model.safetensors 
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,7 +22,7 @@ from starlm.hf.cache import StarLMCache
 from starlm.hf.config import StarLMHFConfig
 from starlm.hf.inputs import first_rows
 from starlm.model.checkpoint import MANIFEST
-from starlm.model.model import StarLM
+from starlm.model.model import Backbone, Headed, StarLM
 from starlm.nn.block import Block
 
 # Tokens of a draft that assisted generation may take back from a bounded state. Drafts grow by 2 tokens with
@@ -33,7 +34,7 @@ class StarLMBlock(GradientCheckpointingLayer, Block):
     """A `Block` that forgets its activations, if asked, and computes them again for the gradients."""
 
 
-class StarLMModel(PreTrainedModel):
+class StarLMModel(Backbone, PreTrainedModel):
     """Embedding and blocks: the residual stream (`AutoModel`).
 
     Padding on either side and packed documents are exact: `attention_mask` with zeros before or after a
@@ -43,15 +44,12 @@ class StarLMModel(PreTrainedModel):
     config_class = StarLMHFConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["StarLMBlock"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": StarLMBlock}  # noqa: RUF012
     _input_embed_layer = "embedding"
     # The head, in files of the causal model.
     _keys_to_ignore_on_load_unexpected = [r"^head\.weight$"]  # noqa: RUF012
-
-    # The one definition of the model, at work on the modules of this class.
-    hidden, new_state = StarLM.hidden, StarLM.new_state
-    _origins, _check_state = StarLM._origins, StarLM._check_state
 
     def __init__(self, config: StarLMHFConfig) -> None:
         super().__init__(config)
@@ -84,6 +82,7 @@ class StarLMModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @capture_outputs
     def forward(
         self,
@@ -126,7 +125,7 @@ class StarLMModel(PreTrainedModel):
         first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past)
         state = None if cache is None else cache.state
         if first is not None and state is not None:
-            self._check_state(tokens, state)
+            self._check(tokens, first, state)
             # Where a neighbour begins a document, who goes on with one still begins where it began.
             began = state.first(length, first.device)
             first = first if began is None else torch.maximum(first, began)
@@ -148,11 +147,10 @@ class StarLMModel(PreTrainedModel):
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
 
-class StarLMForCausalLM(StarLMModel, GenerationMixin):
+class StarLMForCausalLM(Headed, StarLMModel, GenerationMixin):
     """The language model (`AutoModelForCausalLM`): `StarLMModel` and a head, with the logits of `StarLM`."""
 
     _keys_to_ignore_on_load_unexpected = None
-    logits = StarLM.logits
 
     def _take(self, model: StarLM) -> None:
         super()._take(model)
@@ -187,7 +185,9 @@ class StarLMForCausalLM(StarLMModel, GenerationMixin):
         trunk = StarLMModel.__new__(StarLMModel)
         PreTrainedModel.__init__(trunk, self.config)
         trunk.orders, trunk.embedding, trunk.blocks = self.orders, self.embedding, self.blocks
-        return trunk.train(self.training)
+        # Not `train`, which would reach the modules, of which some may be in another mode.
+        trunk.training = self.training
+        return trunk
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -195,8 +195,9 @@ class StarLMForCausalLM(StarLMModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another head in its place."""
-        self.head = new_embeddings
+        self.head = cast(nn.Linear, new_embeddings)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(  # type: ignore[override]
         self,

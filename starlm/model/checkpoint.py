@@ -11,6 +11,7 @@ two files more (`TRAINING`), which the model can do without; its last one stands
 import json
 import re
 import stat
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,10 @@ from starlm.settings import from_dict, to_dict
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)$")
-# Keys of config.json that belong to the Hugging Face format rather than to StarLMConfig.
-_HF_KEYS = {
-    "_name_or_path", "add_cross_attention", "architectures", "auto_map", "bos_token_id", "chat",
-    "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size", "decoder_start_token_id",
-    "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder",
-    "keys_to_ignore_at_inference", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pad_token_id", "prefix", "problem_type", "pruned_heads", "return_dict", "sep_token_id",
-    "task_specific_params", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers_version", "use_bfloat16", "use_cache",
+# Keys of config.json, as `write_model` writes it, that are no fields of StarLMConfig.
+_OTHER_KEYS = {
+    "architectures", "model_type", "auto_map", "dtype", "chat", "bos_token_id", "eos_token_id",
+    "pad_token_id",
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 # What only training that goes on reads; who shares a model leaves it out.
@@ -237,7 +233,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     where = str(folder / "config.json")
     written = read_json(folder / "config.json")
     check_untied(written.get("tie_word_embeddings"), where)
-    values = {k: v for k, v in written.items() if k not in _HF_KEYS}
+    values = {k: v for k, v in written.items() if k not in _OTHER_KEYS}
+    if "transformers_version" in written:
+        # transformers adds keys of its own, and whatever others have put into the config.
+        values = {field.name: values[field.name] for field in fields(StarLMConfig) if field.name in values}
     with torch.device("meta"):
         model = StarLM(from_dict(StarLMConfig, values, where=where))
     load_weights(model, folder, assign=True)

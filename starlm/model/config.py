@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from starlm.errors import InputError
-from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, lookups, order_of
+from starlm.nn.heads import Preset, kinds_of_heads, lookups, order_of
+from starlm.settings import settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class StarLMConfig:
     """Base of the rotary position frequencies in attention layers; 0 leaves positions out."""
 
     def __post_init__(self) -> None:
+        settle_types(self, "model.")
+
         def require(ok: bool, rule: str, name: str) -> None:
             if not ok:
                 raise InputError(f"model.{name} must be {rule}; got {getattr(self, name)!r}.")
@@ -56,7 +59,6 @@ class StarLMConfig:
             "a pattern of the letters D (Deformer), A (attention), W (windowed attention), C (convolution)",
             "layers",
         )
-        require(self.preset in PRESETS, f"one of {', '.join(PRESETS)}", "preset")
         require(self.mlp_ratio >= 0, "0 (no MLP) or more", "mlp_ratio")
         require(self.context >= 1, "at least 1", "context")
         require(self.max_shift is None or self.max_shift >= 0, "0 or more, or left out", "max_shift")

@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, head."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +19,123 @@ from starlm.nn.heads import LONGEST, MATCH
 from starlm.nn.mlp import MLP
 from starlm.ops import anchors, longest
 from starlm.ops.cross_entropy import cross_entropy
+from starlm.ops.deform import check_rows
 
 
-class StarLM(nn.Module):
+class Backbone(nn.Module):
+    """Embedding and blocks: what `StarLM` and the models of transformers have in common."""
+
+    config: Any
+    orders: Sequence[int]
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        embedded: Float[Tensor, "B T D"] | None = None,
+        first: Int[Tensor, "B T"] | None = None,
+        state: DecodeState | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The residual stream after the last block, normalised; arguments as for `forward`.
+
+        Args:
+            embedded: read in place of the embeddings of `tokens`, which then serve the anchors alone.
+
+        Raises:
+            InputError: tokens of another rank, `first` that does not fit them, or a state of another batch or
+                model.
+        """
+        self._check(tokens, first, state)
+        reach = first
+        if state is not None:
+            if embedded is None and _keeps(self, "_origins"):
+                stepped = step(self, tokens, first, state, logits=False)
+                if stepped is not None:
+                    return stepped
+            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
+        origins = self._origins(tokens, reach, state)
+        x = _rows_of(self.embedding, tokens) if embedded is None else embedded
+        layers = [None] * len(self.blocks) if state is None else state.layers(first)
+        x = through(self.blocks, x, layers, first=reach, origins=origins)
+        if state is not None:
+            state.advance(tokens.shape[1], first)
+        return x
+
+    def new_state(
+        self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None
+    ) -> DecodeState:
+        """An empty decode state of `batch` sequences (slots).
+
+        Args:
+            rollback: tokens that `crop` can give back where `max_shift` or a window bounds the memory.
+                Without a bound any crop is possible.
+            rows_device: where anchored heads keep their rows, which grow with the context; default the
+                model's device. "cpu" keeps them in host memory: their reads take place there, and per token
+                and head only the new row, the shifts and what was read travel.
+
+        Raises:
+            InputError: rollback below 0.
+        """
+        if rollback < 0:
+            raise InputError(f"rollback must be 0 or more; got {rollback}.")
+        place = None if rows_device is None else torch.device(rows_device)
+        return DecodeState(
+            Slot(len(self.blocks), rollback=rollback, orders=self.orders, rows_device=place)
+            for _ in range(batch)
+        )
+
+    def _origins(
+        self, tokens: Tensor, first: Tensor | None, state: DecodeState | None
+    ) -> dict[int, Int[Tensor, "B T"]]:
+        """What anchored heads measure from, once for all layers: for each n, `anchors` of the tokens."""
+        if not self.orders:
+            return {}
+        if state is None:
+            found = anchors(tokens, self.orders, first=first)
+        else:
+            starts = None if first is None else first.long().cpu().numpy()
+            found = torch.from_numpy(state.anchors(tokens, starts)).to(tokens.device)
+        origins = dict(zip(self.orders, found.unbind(-1), strict=True))
+        if MATCH in self.orders:
+            origins[LONGEST] = longest(origins)
+        return origins
+
+    def _check(self, tokens: Tensor, first: Tensor | None, state: DecodeState | None) -> None:
+        """Refuse what kernels, which do not look, would take for something else."""
+        if tokens.dim() != 2:
+            raise InputError(f"Token ids must be [B, T]; got the shape {tuple(tokens.shape)}.")
+        check_rows("StarLM", "first", first, tuple(tokens.shape))
+        if state is None:
+            return
+        if state.batch != tokens.shape[0] or state.num_layers != len(self.blocks):
+            raise InputError(
+                f"The decode state has {state.batch} slots and {state.num_layers} layers; the tokens have "
+                f"batch {tokens.shape[0]}, the model {len(self.blocks)} layers. Use model.new_state(batch)."
+            )
+
+
+class Headed(Backbone):
+    """A backbone and a head."""
+
+    head: nn.Linear
+
+    def logits(self, hidden: Float[Tensor, "B T D"], *, step: bool = False) -> Float[Tensor, "B T V"]:
+        """softcap * tanh(head(hidden) / softcap), in fp32 at the least.
+
+        Args:
+            step: of tokens of a decode state, which no tracer follows: a kernel itself may be called.
+        """
+        if step and (capped := logits_of_step(self, hidden)) is not None:
+            return capped
+        logits = self.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+
+class StarLM(Headed):
     """Token embedding -> RMSNorm -> blocks -> RMSNorm -> untied head -> softcap.
 
     Example:
@@ -62,71 +177,13 @@ class StarLM(nn.Module):
             state: from `new_state`; gets the tokens appended.
             last_only: logits of the last token only, [B, 1, V].
         """
-        # A subclass may have logits of its own.
-        if state is not None and type(self) is StarLM:
-            self._check_state(tokens, state)
-            if (stepped := step(self, tokens, first, state, logits=True)) is not None:
+        self._check(tokens, first, state)
+        if state is not None and _keeps(self, "hidden", "_origins", "logits"):
+            stepped = step(self, tokens, first, state, logits=True)
+            if stepped is not None:
                 return stepped
         x = self.hidden(tokens, first=first, state=state)
         return self.logits(x[:, -1:] if last_only else x, step=state is not None)
-
-    def hidden(
-        self,
-        tokens: Int[Tensor, "B T"],
-        *,
-        embedded: Float[Tensor, "B T D"] | None = None,
-        first: Int[Tensor, "B T"] | None = None,
-        state: DecodeState | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The residual stream after the last block, normalised; arguments as for `forward`.
-
-        Args:
-            embedded: read in place of the embeddings of `tokens`, which then serve the anchors alone.
-        """
-        if tokens.dim() != 2:
-            raise InputError(f"Token ids must be [B, T]; got the shape {tuple(tokens.shape)}.")
-        reach = first
-        if state is not None:
-            self._check_state(tokens, state)
-            if embedded is None and (stepped := step(self, tokens, first, state, logits=False)) is not None:
-                return stepped
-            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
-        origins = self._origins(tokens, reach, state)
-        x = _rows_of(self.embedding, tokens) if embedded is None else embedded
-        layers = [None] * len(self.blocks) if state is None else state.layers(first)
-        x = through(self.blocks, x, layers, first=reach, origins=origins)
-        if state is not None:
-            state.advance(tokens.shape[1], first)
-        return x
-
-    def _origins(
-        self, tokens: Tensor, first: Tensor | None, state: DecodeState | None
-    ) -> dict[int, Int[Tensor, "B T"]]:
-        """What anchored heads measure from, once for all layers: for each n, `anchors` of the tokens."""
-        if not self.orders:
-            return {}
-        if state is None:
-            found = anchors(tokens, self.orders, first=first)
-        else:
-            starts = None if first is None else first.long().cpu().numpy()
-            found = torch.from_numpy(state.anchors(tokens, starts)).to(tokens.device)
-        origins = dict(zip(self.orders, found.unbind(-1), strict=True))
-        if MATCH in self.orders:
-            origins[LONGEST] = longest(origins)
-        return origins
-
-    def logits(self, hidden: Float[Tensor, "B T D"], *, step: bool = False) -> Float[Tensor, "B T V"]:
-        """softcap * tanh(head(hidden) / softcap), in fp32 at the least.
-
-        Args:
-            step: of tokens of a decode state, which no tracer follows: a kernel itself may be called.
-        """
-        if step and (capped := logits_of_step(self, hidden)) is not None:
-            return capped
-        logits = self.head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cap = self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(
         self,
@@ -136,29 +193,20 @@ class StarLM(nn.Module):
         first: Int[Tensor, "B T"] | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
-        """Cross-entropy in nats of `targets` (-1 is ignored): the mean, or with reduction="none" [B, T]."""
+        """Cross-entropy in nats of `targets` (-1 is ignored): the mean, or with reduction="none" [B, T].
+
+        Raises:
+            InputError: targets of another shape than tokens.
+        """
+        if targets.shape != tokens.shape:
+            raise InputError(
+                f"Each token needs one target, that which follows it; got tokens {tuple(tokens.shape)} and "
+                f"targets {tuple(targets.shape)}. Give text[:, :-1] and text[:, 1:]."
+            )
         hidden = self.hidden(tokens, first=first).flatten(0, 1)
         cap = self.config.softcap
         loss = cross_entropy(hidden, self.head.weight, targets.flatten(), softcap=cap, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
-
-    def new_state(
-        self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None
-    ) -> DecodeState:
-        """An empty decode state of `batch` sequences (slots).
-
-        Args:
-            rollback: tokens that `crop` can give back where `max_shift` or a window bounds the memory.
-                Without a bound any crop is possible.
-            rows_device: where anchored heads keep their rows, which grow with the context; default the
-                model's device. "cpu" keeps them in host memory: their reads take place there, and per token
-                and head only the new row, the shifts and what was read travel.
-        """
-        place = None if rows_device is None else torch.device(rows_device)
-        return DecodeState(
-            Slot(len(self.blocks), rollback=rollback, orders=self.orders, rows_device=place)
-            for _ in range(batch)
-        )
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes that a decode state of one sequence must hold after `num_tokens` tokens.
@@ -182,12 +230,10 @@ class StarLM(nn.Module):
         index = 4 + 12 * len(self.orders) if self.orders else 0
         return rows + index * num_tokens
 
-    def _check_state(self, tokens: Tensor, state: DecodeState) -> None:
-        if state.batch != tokens.shape[0] or state.num_layers != len(self.blocks):
-            raise InputError(
-                f"The decode state has {state.batch} slots and {state.num_layers} layers; the tokens have "
-                f"batch {tokens.shape[0]}, the model {len(self.blocks)} layers. Use model.new_state(batch)."
-            )
+
+def _keeps(model: Backbone, *names: str) -> bool:
+    """Whether the model's class has left these methods as they are: a step in one piece takes their place."""
+    return all(getattr(type(model), name) is getattr(Headed, name) for name in names)
 
 
 def _block(config: StarLMConfig, kind: str) -> Block:

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -27,12 +27,15 @@ from starlm.ops.anchors import longest
 from starlm.ops.backends import has_kernels
 from starlm.ops.plain import is_plain
 
+if TYPE_CHECKING:
+    from starlm.model.model import Backbone
+
 # Of what a model must be made; and blocks, also those of transformers.
 MODULES = {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP, Attention}
 
 
 def step(
-    model: Any,
+    model: "Backbone",
     tokens: Int[Tensor, "B T"],
     first: Int[Tensor, "B T"] | None,
     state: DecodeState,
@@ -45,9 +48,6 @@ def step(
     It can without gradients and autocast, if all layers are Deformers or attention, in one dtype that their
     kernels have, without hooks and adapters, and the slots hold rows of that dtype; on a CPU for up to
     MOST_ROWS slots.
-
-    Args:
-        model: a `StarLM`, or what has its modules and methods.
     """
     if not _asked_for(model.embedding.weight, tokens, state):
         return None
@@ -69,7 +69,7 @@ def step(
     return result
 
 
-def logits_of_step(model: Any, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B 1 V"] | None:
+def logits_of_step(model: "Backbone", hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B 1 V"] | None:
     """`StarLM.logits` of one token of each slot; None where that cannot be.
 
     It can on a CPU, if the head is a dense layer without a bias, hooks and adapters.
@@ -93,11 +93,11 @@ class Stepper(Protocol):
         """The numbers of slots that it has something for, the one unused for longest first."""
         ...
 
-    def hidden(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 D"]:
+    def hidden(self, model: "Backbone", inputs: StepInputs) -> Float[Tensor, "B 1 D"]:
         """The residual stream after the last block, normalised."""
         ...
 
-    def logits(self, model: Any, inputs: StepInputs) -> Float[Tensor, "B 1 V"]:
+    def logits(self, model: "Backbone", inputs: StepInputs) -> Float[Tensor, "B 1 V"]:
         """The model's logits of that."""
         ...
 
@@ -109,7 +109,7 @@ class Parts:
     it. `head` is the weight of a head that is a dense layer like the others, or None.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "Backbone") -> None:
         self._modules = [model.embedding, model.blocks]
         self._head = getattr(model, "head", None)
         self.head = _plain_head(self._head, model.embedding.weight)
@@ -124,7 +124,7 @@ class Parts:
         self.mixers: list[Mixer] = []
         self.stepper: Stepper | None = None
         if self._is_steppable():
-            self.mixers = [block.mixer for block in model.blocks]
+            self.mixers = [cast(Mixer, block.mixer) for block in model.blocks]
         known = [*model.orders, LONGEST]
         if self.mixers and _agree(self.mixers, known):
             weight = model.embedding.weight
@@ -134,7 +134,7 @@ class Parts:
             self.stepper = STEPPERS[weight.device.type](model, self.head)
         self._softcap, self._seen = model.config.softcap, self._look()
 
-    def are_those_of(self, model: Any) -> bool:
+    def are_those_of(self, model: "Backbone") -> bool:
         """Whether the model is made of the same modules still, whose weights lie where they did."""
         embedding, blocks = self._modules[:2]
         same = model.embedding is embedding and model.blocks is blocks
@@ -170,9 +170,14 @@ class Parts:
         weights = self._weights()
         dtype, device = weights[0].dtype, weights[0].device
         # Of other modules, adapters say, not all that matters is in their weights.
-        known = all(type(m) in MODULES or isinstance(m, Block) for m in self._modules)
+        known = all(type(m) in MODULES or _is_block(m) for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
         return known and plain and has_kernels(device, dtype) and len(self._modules[1]) > 0
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it does what `Block` does, also as a class of its own, such as that of transformers."""
+    return isinstance(module, Block) and type(module).forward is Block.forward
 
 
 def _agree(mixers: list[Mixer], known: list[int]) -> bool:
@@ -191,7 +196,7 @@ def _plain_head(head: Any, like: Tensor) -> Tensor | None:
     return weight if same and has_kernels(like.device, weight.dtype) else None
 
 
-def parts_of(model: Any) -> Parts:
+def parts_of(model: "Backbone") -> Parts:
     """Those of the model, looked up anew where they have changed."""
     with _LOCK:
         parts = _PARTS.get(model)
@@ -200,7 +205,7 @@ def parts_of(model: Any) -> Parts:
         return parts
 
 
-def sizes_of(model: Any) -> list[int]:
+def sizes_of(model: "Backbone") -> list[int]:
     """The numbers of slots for which steps were taken in one piece, by the model as it was then."""
     parts = _PARTS.get(model)
     return [] if parts is None or parts.stepper is None else parts.stepper.sizes

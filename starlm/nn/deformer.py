@@ -73,6 +73,8 @@ class Deformer(nn.Module):
         max_shift: int | None = None,
         shift_init: float | None = None,
         window: int = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Args:
             dim: width D of the residual stream.
@@ -84,15 +86,18 @@ class Deformer(nn.Module):
             shift_init: the shift, in tokens, at which all channels of `now` heads start. Without it they
                 are spread, at softplus(N(0, 1)): 0.8 on average.
             window: longest window that box heads start from, in tokens; the shortest is 2.
+            device, dtype: of the weights.
 
         Raises:
-            InputError: heads does not divide dim, an unknown preset or kind, or an impossible shift.
+            InputError: heads does not divide dim, an unknown preset or kind, an impossible shift or window.
         """
         super().__init__()
         if heads < 1 or dim % heads:
             raise InputError(f"Deformer needs heads to divide dim; got heads={heads}, dim={dim}.")
-        if max_shift is not None and max_shift < 0:
-            raise InputError(f"Deformer needs max_shift of 0 or more, or None; got {max_shift}.")
+        if max_shift is not None and (max_shift < 0 or max_shift != int(max_shift)):
+            raise InputError(f"Deformer needs a whole max_shift of 0 or more, or None; got {max_shift}.")
+        if window < 2:
+            raise InputError(f"Deformer needs a window of 2 or more tokens; got {window}.")
         if shift_init is not None and not 0 < shift_init < math.inf:
             raise InputError(f"Deformer needs shift_init above 0 and finite, or None; got {shift_init}.")
         if preset not in PRESETS:
@@ -109,14 +114,15 @@ class Deformer(nn.Module):
         }
         self.spans = {name: span for name, span in spans.items() if span.start < span.stop}
         self._counts = {"near": near, "boxes": boxes}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         if preset == "product":
-            self.query, self.key = linear(dim, dim), linear(dim, dim)
-            self.query_shift, self.key_shift = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.query, self.key = linear(dim, dim, **place), linear(dim, dim, **place)
+            self.query_shift, self.key_shift = nn.Linear(dim, dim, **place), nn.Linear(dim, dim, **place)
         else:
-            self.value, self.shift = linear(dim, dim), nn.Linear(dim, dim)
+            self.value, self.shift = linear(dim, dim, **place), nn.Linear(dim, dim, **place)
             if preset != "value":
-                self.gate = linear(dim, dim)
-            self.out = linear(dim, dim)
+                self.gate = linear(dim, dim, **place)
+            self.out = linear(dim, dim, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,8 +153,14 @@ class Deformer(nn.Module):
             # 2 log of windows that are log-spaced over the channels.
             windows = bias[self.spans["box"].start * channels :]
             share = torch.linspace(0, 1, len(windows), device=bias.device)
-            start, end = math.log(2), math.log(max(self.window, 2))
+            start, end = math.log(2), math.log(self.window)
             windows.copy_(2 * (start + (end - start) * share))
+
+    def extra_repr(self) -> str:
+        """What `print` says of the layer beside its projections."""
+        kinds = ", ".join(f"{self.kinds.count(kind)} {kind}" for kind in dict.fromkeys(self.kinds))
+        bound = "" if self.max_shift is None else f", max_shift={self.max_shift}"
+        return f"{self.dim}, heads={self.heads} ({kinds}), preset={self.preset!r}{bound}"
 
     @property
     def streams(self) -> tuple[str, ...]:

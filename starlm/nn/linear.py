@@ -1,11 +1,17 @@
 """Dense layers without bias, and how their weights start."""
 
+from typing import Any
+
 from torch import nn
 
 
-def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A bias-free dense layer fan_in -> fan_out; `init_matrix` or `nn.init.zeros_` starts it."""
-    return nn.Linear(fan_in, fan_out, bias=False)
+def linear(fan_in: int, fan_out: int, **place: Any) -> nn.Linear:
+    """A bias-free dense layer fan_in -> fan_out; `init_matrix` or `nn.init.zeros_` starts it.
+
+    Args:
+        place: device and dtype.
+    """
+    return nn.Linear(fan_in, fan_out, bias=False, **place)
 
 
 def init_matrix(layer: nn.Linear) -> None:

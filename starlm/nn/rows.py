@@ -21,11 +21,14 @@ class Rows:
         self.data: Tensor | None = None
 
     def append(self, rows: Float[Tensor, "T H C"], length: int) -> Float[Tensor, "S H C"]:
-        """Write `rows` behind the first `length` absolute rows; all rows from `base` on."""
+        """Write `rows` behind the first `length` absolute rows; all rows from `base` on.
+
+        Gradients reach what is appended by this call, and not what was there before.
+        """
         start = self.reserve(len(rows), length, rows)
         assert self.data is not None
-        self.data[start : self.size] = rows
-        return self.data[: self.size]
+        self.data[start : self.size] = rows.detach()
+        return torch.cat([self.data[:start], rows]) if rows.requires_grad else self.data[: self.size]
 
     def reserve(self, count: int, length: int, like: Tensor) -> int:
         """Make room for `count` rows behind absolute row `length`; where in `data` the first belongs.

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from starlm.errors import InputError
+from starlm.ops.deform import check_rows
 from starlm.ops.plain import is_plain
 
 
@@ -32,7 +33,8 @@ def anchors(
         int64; -1 where there is no earlier occurrence.
 
     Raises:
-        InputError: no orders, or one below 1; tokens that are no whole numbers, or of another rank.
+        InputError: no orders, or one below 1; tokens that are no whole numbers, or of another rank; `first`
+            that does not fit them.
 
     Example:
         >>> anchors(torch.tensor([[5, 6, 5, 6]]), [1, 2])[0].T.tolist()
@@ -45,6 +47,7 @@ def anchors(
             f"anchors needs token ids [B, T], whole numbers; got {tokens.dtype} of shape "
             f"{tuple(tokens.shape)}."
         )
+    check_rows("anchors", "first", first, tuple(tokens.shape))
     compute = anchors_reference if is_plain() else _anchors
     return compute(tokens, list(orders), first)
 

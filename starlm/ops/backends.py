@@ -26,6 +26,14 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in CPU_DTYPES
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that products take in place of that of x under autocast; None where they take x as it is."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def fuses(x: Tensor) -> bool:
     """Whether kernels take x in place of a composition."""
     return not is_plain() and has_kernels(x.device, x.dtype)

@@ -246,7 +246,7 @@ def forward(
     units = _units(values, near, boxes)
     arrays = [*_arrays(values, shift, gate, origin, first, units, furthest), rows_of(out, torch.float32)]
     spread(lambda *ends: _forward(*arrays, *ends), len(values) * len(units), values.numel())
-    return out, torch.empty(0)
+    return out, torch.empty(0, dtype=torch.float32)
 
 
 def backward(

@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from starlm.ops.backends import has_kernels, load_kernels
+from starlm.errors import InputError
+from starlm.ops.backends import autocast_dtype, has_kernels, load_kernels
+from starlm.ops.deform import check_rows
 from starlm.ops.plain import is_plain
 
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.
@@ -59,10 +61,15 @@ def cross_entropy(
 
     Returns:
         One number, or with reduction="none" one per token, 0 where the target is ignored; fp32 at the least.
+
+    Raises:
+        InputError: targets that are not one whole number per token, or another reduction.
     """
-    device, targets = hidden.device.type, targets.long()
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if reduction not in ("mean", "none"):
+        raise InputError(f'cross_entropy has the reductions "mean" and "none"; got {reduction!r}.')
+    check_rows("cross_entropy", "targets", targets, (len(hidden),))
+    targets = targets.long()
+    if (dtype := autocast_dtype(hidden)) is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if is_plain() or (reduction == "none" and wants_grad):

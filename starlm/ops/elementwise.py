@@ -8,15 +8,13 @@ they should be.
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from starlm.ops.backends import fuses, has_kernels, load_kernels
+from starlm.ops.backends import autocast_dtype, fuses, has_kernels, load_kernels
 from starlm.ops.constants import EPS
 
 
 def _fused(x: Tensor) -> bool:
-    # Kernels have no forward-mode derivatives, and would drop them in silence.
-    return not torch.compiler.is_compiling() and fuses(x) and forward_ad._current_level < 0
+    return not torch.compiler.is_compiling() and fuses(x)
 
 
 def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) -> Float[Tensor, "... D"]:
@@ -26,10 +24,7 @@ def rms(x: Float[Tensor, "... D"], *, step: bool = False, cast: bool = False) ->
         step: x are tokens of a decode state, which no tracer follows: the kernel itself may be called.
         cast: only products read the result: under autocast it comes in the dtype they take.
     """
-    dtype, device = x.dtype, x.device.type
-    casts = cast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if casts and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = (cast and autocast_dtype(x)) or x.dtype
     if _fused(x) and has_kernels(x.device, dtype):
         if step and not (torch.is_grad_enabled() and x.requires_grad):
             return load_kernels("elementwise", x.device).rms(x, EPS, dtype)

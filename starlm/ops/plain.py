@@ -4,12 +4,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch.autograd import forward_ad
+
 _depth, _lock = 0, threading.Lock()
 
 
 def is_plain() -> bool:
-    """Whether we are inside `plain`."""
-    return _depth > 0
+    """Whether all is to be computed by its definition: within `plain`, and for forward-mode derivatives.
+
+    Kernels have none of these, and would drop them in silence.
+    """
+    return _depth > 0 or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
 @contextmanager

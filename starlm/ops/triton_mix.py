@@ -103,7 +103,7 @@ def backward(
     pieces = list(pieces_of(values, near, boxes, most))
     # One for each stream, which each piece leaves at zero for the next.
     size = max((piece.room for piece in pieces), default=0)
-    rooms = [torch.zeros(size, device=values.device) for _ in pieces[:STREAMS]]
+    rooms = [torch.zeros(size, dtype=torch.float32, device=values.device) for _ in pieces[:STREAMS]]
     with _turns(len(pieces), values.device) as turns:
         for number, (piece, turn) in enumerate(zip(pieces, turns, strict=True)):
             with turn:
@@ -228,7 +228,7 @@ def _scales(values: Tensor, shape: torch.Size, boxes: int) -> Tensor:
     Args: shape: [B, T, H, C].
     """
     batch, length, heads, channels = shape
-    scale = torch.empty(batch, heads - boxes, length, device=values.device)
+    scale = torch.empty(batch, heads - boxes, length, dtype=torch.float32, device=values.device)
     if scale.numel():
         all_of_them = Piece(NOW, slice(0, batch), slice(0, heads - boxes), 0, length, channels)
         v = all_of_them.cut(values)

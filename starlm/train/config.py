@@ -7,6 +7,7 @@ from typing import Literal
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
+from starlm.settings import settle_types
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -48,6 +49,7 @@ class OptimConfig:
     """Rate at the end, as a share of the full rate."""
 
     def __post_init__(self) -> None:
+        settle_types(self, "optim.")
         for names, ok, rule in (
             (
                 ("matrix_lr", "shift_lr", "embedding_lr", "head_lr", "weight_decay", "clip"),
@@ -120,6 +122,8 @@ class TrainConfig:
     """Seed of the weights and of the order of the data."""
 
     def __post_init__(self) -> None:
+        settle_types(self)
+
         def require(ok: bool, rule: str, name: str) -> None:
             if not ok:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from starlm.errors import InputError
+
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, its options, state and update rule, but for how matrices are orthogonalised.
+    """`torch.optim.Muon`, its state and update rule, but for how matrices are orthogonalised.
 
     PyTorch iterates in bfloat16 everywhere. Many CPUs are slower so, and the result is a thousand times as
     far from the exact one. On a CPU we iterate matrix by matrix, which stay in the cache; on a GPU all
@@ -21,8 +23,13 @@ class Muon(torch.optim.Muon):
         """Args:
         params: matrices, or groups of them.
         dtype: in which matrices are orthogonalised, float32 or bfloat16.
-        options: those of `torch.optim.Muon`.
+        options: those of `torch.optim.Muon`, but for `adjust_lr_fn`: rates are for its "original".
+
+        Raises:
+            InputError: another `adjust_lr_fn`.
         """
+        if options.get("adjust_lr_fn") not in (None, "original"):
+            raise InputError(f'Muon\'s adjust_lr_fn is "original" here; got {options["adjust_lr_fn"]!r}.')
         super().__init__(params, **options)
         self.dtype = dtype
 

@@ -36,6 +36,20 @@ def test_special_tokens_come_first_and_have_no_bytes():
     assert all(lengths[n] == len(TOKENIZER.token_bytes(n)) for n in range(400))
 
 
+def test_what_a_call_of_transformers_left_in_the_file_cuts_and_fills_up_nothing(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.enable_truncation(3)
+    inner.enable_padding(length=9)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    for text in TEXTS[0][:40], "a":
+        assert again.encode(text) == TOKENIZER.encode(text)
+    assert [list(ids) for ids in again.encode_batch(["a", "a b c d e"])] == [
+        list(ids) for ids in TOKENIZER.encode_batch(["a", "a b c d e"])
+    ]
+
+
 def test_text_is_split_into_words_signs_and_pairs_of_digits():
     words = Tokenizer.train(["1234 don't\n\n    x != y" * 100], 600)
     pieces = [words.token_bytes(n).decode() for n in words.encode("1234 don't\n\n    x != y")]

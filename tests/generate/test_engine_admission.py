@@ -47,12 +47,14 @@ def test_impossible_requests(monkeypatch):
     for wrong, message in (
         ({"tokens": []}, "tokens must not be empty"),
         ({"tokens": [VOCAB]}, f"tokens must be between 0 and {VOCAB - 1}"),
-        ({"max_tokens": -1}, "max_tokens must be 0 or more; got -1"),
+        ({"max_tokens": -1}, "max_tokens must be a whole number, 0 or more; got -1"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, 0 or more; got 2.5"),
+        ({"stop": "ab"}, "stop must be a tuple of strings"),
         ({"max_tokens": 49}, "together more than the 50 allowed"),
-        ({"n": 0}, "n must be 1 or more"),
+        ({"n": 0}, "n must be a whole number, 1 or more"),
         ({"n": 3}, "at most the engine's 2 slots; got 3"),
         ({"stop": ("a", "")}, "empty string"),
-        ({"logprobs": -1}, "logprobs must be 0 or more"),
+        ({"logprobs": -1}, "logprobs must be a whole number, 0 or more"),
         ({"begin": "é".encode()[:1]}, "begin must be whole characters"),
         ({"sampling": Sampling(logit_bias={VOCAB: 1.0})}, "logit_bias names token"),
     ):

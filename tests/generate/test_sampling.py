@@ -319,3 +319,22 @@ def test_impossible_options(field, values):
             Sampling(**{field: value})
         assert f"{field} must be" in str(error.value)
         assert repr(value) in str(error.value)
+
+
+def test_the_default_dtype_of_others_takes_no_penalty_away():
+    logits = torch.zeros(1, 9)
+    options = Sampling(temperature=0, logit_bias={3: -10.0, 4: -10.0}, presence_penalty=1.5)
+
+    def chosen():
+        made = sampler(options, generated=[0, 1, 2], vocab_size=9)
+        made.add(3)
+        return module.choose(logits.clone(), [made])
+
+    wanted = chosen()
+    assert wanted == [5]
+    for other in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(other)
+        try:
+            assert chosen() == wanted
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -121,7 +121,7 @@ def test_a_prompt_longer_than_memory(monkeypatch):
 
 def test_impossible_requests():
     model = make()
-    with pytest.raises(InputError, match="max_tokens must be 0 or more; got -1"):
+    with pytest.raises(InputError, match="max_tokens must be a whole number, 0 or more; got -1"):
         model.stream("", max_tokens=-1)
     with pytest.raises(InputError, match="empty string"):
         model.stream("", stop=["a", ""])

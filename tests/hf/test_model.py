@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import VOCAB, make_tokens
+from relations import assert_close
 from transformers import DynamicCache
 from wrapped import ALL, FEW, make_pair
 
@@ -312,3 +313,31 @@ def test_weights_start_as_those_of_starlm():
     assert not wrapper.blocks[0].mixer.out.weight.any()
     assert wrapper.embedding.weight.std().item() == pytest.approx(1, rel=0.1)
     assert wrapper.blocks[0].mixer.shift.bias.any()
+
+
+def test_the_cache_under_its_former_name():
+    """transformers serves `past_key_values` until 5.40."""
+    _, wrapper = make_pair("star", dtype=torch.float32)
+    tokens = make_tokens(2, 9)
+    with torch.no_grad():
+        wanted = wrapper(tokens).logits
+        for model in (wrapper, wrapper.base_model):
+            out = model(tokens[:, :5], use_cache=True)
+            with pytest.warns(FutureWarning, match="past_key_values"):
+                end = model(tokens[:, 5:], past_key_values=out.cache)
+            got = end.logits if model is wrapper else wrapper.logits(end.last_hidden_state)
+            assert_close(got, wanted[:, 5:], 1e-5)
+
+
+def test_looking_at_the_trunk_changes_no_mode():
+    _, wrapper = make_pair("star")
+    wrapper.train().blocks[0].eval()
+    assert wrapper.base_model.training
+    assert [block.training for block in wrapper.blocks] == [False, *[True] * (len(wrapper.blocks) - 1)]
+
+
+def test_attention_implementations(tmp_path):
+    _, wrapper = make_pair("star mixed", dtype=torch.float32)
+    wrapper.save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        StarLMForCausalLM.from_pretrained(tmp_path, attn_implementation=name)

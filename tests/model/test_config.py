@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 
@@ -25,6 +26,10 @@ from starlm.settings import from_dict, to_dict
         ("layers", "DX"),
         ("layers", "d"),
         ("preset", "moon"),
+        ("depth", "2"),
+        ("depth", 2.5),
+        ("depth", True),
+        ("softcap", "15"),
         ("kinds", ("now", "moon")),
         ("attention_window", 0),
         ("mlp_ratio", -1),
@@ -45,7 +50,7 @@ from starlm.settings import from_dict, to_dict
 def test_impossible_values(field, value):
     with pytest.raises(InputError) as error:
         StarLMConfig(**{field: value})
-    assert f"model.{field} must be" in str(error.value)
+    assert re.match(rf"model\.{field} (in StarLMConfig )?must be", str(error.value))
     assert repr(value) in str(error.value)
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from models import BOUNDED, CUTS, KINDS, LONG, VOCAB, in_precision, make_changed, make_model, make_tokens
-from relations import assert_causal, assert_close
+from relations import assert_causal, assert_close, unchecked
 
+from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.ops.elementwise import rms
@@ -160,3 +161,49 @@ def test_no_tokens(kind):
     state = model.new_state(2)
     assert model(make_tokens(2, 0), state=state).shape == (2, 0, VOCAB)
     assert state.lengths == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["star", "star mixed", "product"])
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_of_others_changes_nothing(kind, other):
+    """Buffers of kernels have a dtype of their own."""
+    model, tokens = make_model(kind, dtype=torch.float32), make_tokens(2, 9)
+
+    def results():
+        with torch.no_grad():
+            state = model.new_state(2)
+            steps = [model(piece, state=state) for piece in tokens.split([4, 1, 1, 1, 1, 1], dim=1)]
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        return [*steps, loss.detach(), torch.autograd.grad(loss, model.embedding.weight)[0]]
+
+    wanted = results()
+    torch.set_default_dtype(other)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, wanted, strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    model, tokens = make_model("star", dtype=torch.float32), make_tokens(2, 8)
+    for targets in (tokens[:, 1:], torch.cat([tokens, tokens], dim=1), tokens[:1]):
+        with pytest.raises(InputError, match="one target, that which follows"):
+            unchecked(StarLM.loss)(model, tokens, targets)
+    for first in (torch.tensor([[2, 3]]), torch.tensor([[2], [9]]), torch.full((2, 8), 1.5)):
+        for state in (None, model.new_state(2)):
+            with pytest.raises(InputError, match=r"first as integers of shape \(2, 8\)"), torch.no_grad():
+                unchecked(StarLM.forward)(model, tokens, first=first, state=state)
+    with pytest.raises(InputError, match=r"first as integers of shape \(2, 1\)"), torch.no_grad():
+        unchecked(StarLM.forward)(
+            model, tokens[:, :1], first=torch.tensor([[2, 9]] * 2), state=model.new_state(2)
+        )
+    with pytest.raises(InputError, match="rollback must be 0 or more; got -5"):
+        model.new_state(rollback=-5)
+
+
+def test_loss_on_the_meta_device():
+    model = make_model("star", dtype=torch.float32).to("meta")
+    tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    assert model.loss(tokens, tokens).device.type == "meta"

@@ -1,5 +1,6 @@
 """The decode state equals the full forward: in chunks, after crops, in slots, packed and padded."""
 
+import copy
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from relations import assert_close
 
 from starlm.errors import InputError
 from starlm.model.state import DecodeState
+from starlm.ops import plain
 
 ALL = [*KINDS, *BOUNDED]
 MODELS = {kind: make_model(kind) for kind in ALL}
@@ -351,3 +353,27 @@ def test_anchored_rows_in_host_memory():
         (name.split(".")[-1], rows.data.device.type) for name, rows in state.slots[0].layers[0].rows.items()
     }
     assert kept == {("now", "cuda"), ("anchored", "cpu"), ("box", "cuda")}
+
+
+@pytest.mark.parametrize("kind", ["gated, bounded", "star", "star mixed"])
+def test_gradients_reach_the_tokens_of_their_call_and_end_there(kind):
+    """Who forgets no_grad holds no more and more, and may copy the state."""
+    model, tokens = MODELS[kind], make_tokens(1, 12)
+    with torch.enable_grad():
+        state = model.new_state()
+        model(tokens[:, :5], state=state)
+        for piece in tokens[:, 5:].split([1, 4, 2], dim=1):
+            held = copy.deepcopy(state)
+            logits = model(piece, state=state)
+            (got,) = torch.autograd.grad(logits.square().sum(), model.embedding.weight)
+            with plain():
+                again = model(piece, state=held)
+                (wanted,) = torch.autograd.grad(again.square().sum(), model.embedding.weight)
+            assert_close(logits, again)
+            assert_close(got, wanted, 1e-6)
+            assert wanted.any()
+    with torch.no_grad():
+        assert_close(logits, model(tokens)[:, -2:])
+    rows = [rows.data for slot in state.slots for layer in slot.layers for rows in layer.rows.values()]
+    assert rows
+    assert not any(data.requires_grad for data in rows)

@@ -19,6 +19,7 @@ from starlm.errors import InputError
 from starlm.model import graph, program, step
 from starlm.model.model import StarLM
 from starlm.model.state import DecodeState, row_layout
+from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer
 from starlm.ops import cpu_attention, cpu_program, cpu_step, plain, triton_attention, triton_step
 
@@ -449,6 +450,29 @@ def test_a_subclass_has_its_own_logits(device):
     wanted = 2 * model(tokens, state=model.new_state(2))
     model.__class__ = Doubled
     assert_close(model(tokens, state=model.new_state(2)), wanted, 1e-5)
+
+
+def test_a_subclass_has_its_own_anchors_and_its_own_blocks(device):
+    class Nowhere(StarLM):
+        def _origins(self, tokens, first, state):
+            return {n: torch.full_like(tokens, -1) for n in super()._origins(tokens, first, state)}
+
+    class Trice(Block):
+        def forward(self, x, **named):
+            return super().forward(x, **named) + 2 * x
+
+    tokens = tokens_on(device, 2, 9)
+    for change in (
+        lambda m: setattr(m, "__class__", Nowhere),
+        lambda m: setattr(m.blocks[1], "__class__", Trice),
+    ):
+        model = model_on(device)
+        before = model(tokens)
+        change(model)
+        wanted, state = model(tokens), model.new_state(2)
+        assert not torch.allclose(wanted, before, atol=1e-2)
+        got = torch.cat([model(token, state=state) for token in tokens.split(1, dim=1)], dim=1)
+        assert_close(got, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])

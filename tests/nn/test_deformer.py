@@ -194,3 +194,18 @@ def test_shape_checks_reject_wrong_shapes(shape, first):
 def test_shape_checks_reject_floats_for_rows():
     with pytest.raises(TypeCheckError, match="first"):
         Deformer(D, H)(torch.randn(B, T, D), first=torch.zeros(B, T))
+
+
+def test_what_it_says_of_itself_and_where_it_lies():
+    layer = Deformer(64, 4, kinds=("now", "token", "box"), max_shift=9, device="meta", dtype=torch.bfloat16)
+    said = "64, heads=4 (2 now, 1 token, 1 box), preset='gated', max_shift=9"
+    assert repr(layer).splitlines()[1].strip() == said
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"max_shift": 2.5}, "whole max_shift"), ({"window": 1}, "a window of 2")]
+)
+def test_impossible_reaches(options, said):
+    with pytest.raises(InputError, match=said):
+        unchecked(Deformer.__init__)(Deformer.__new__(Deformer), 64, 4, **options)

@@ -248,3 +248,11 @@ def test_longest_is_the_last_of_the_longest_matches(length, vocab, packed, seed)
                 if text[end - n : end] == text[len(text) - n :]:
                     wanted = end + int(first[0, t])
         assert got[0, t] == wanted
+
+
+@pytest.mark.parametrize(
+    "first", [torch.zeros(1, 2).long(), torch.zeros(2, 7).long(), torch.full((2, 6), 2.9)]
+)
+def test_first_rows_that_do_not_fit_are_refused(first):
+    with pytest.raises(InputError, match=r"anchors needs first as integers of shape \(2, 6\)"):
+        inspect.unwrap(anchors)(torch.zeros(2, 6).long(), [1], first=first)

@@ -1,5 +1,7 @@
 """The chunked loss against the plain formula: values, gradients, scaling, dtypes, ignored targets."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,3 +198,16 @@ def test_the_number_of_threads_and_of_chunks_changes_nothing_that_matters(monkey
             compare(results(cross_entropy, hidden, weight, targets), wanted, 1e-6)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(7).long(), torch.zeros(9).long(), torch.zeros(2, 4).long(), torch.zeros(8)]
+)
+def test_what_does_not_fit_is_refused(targets):
+    """The kernel looks at no bounds: it would read and write past its arrays."""
+    hidden, weight, _ = problem(tokens=8)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(InputError, match=r"targets as integers of shape \(8,\)"):
+            inspect.unwrap(cross_entropy)(hidden, weight, targets)
+    with pytest.raises(InputError, match=r'reductions "mean" and "none"; got .sum.'):
+        inspect.unwrap(cross_entropy)(hidden, weight, torch.zeros(8).long(), reduction="sum")

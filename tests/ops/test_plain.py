@@ -5,7 +5,8 @@ import torch
 
 from starlm import StarLM, StarLMConfig
 from starlm.model.program import MOST_ROWS
-from starlm.ops import cpu_elementwise, cpu_program, cpu_step, plain
+from starlm.ops import cpu_elementwise, cpu_program, cpu_step, deform, plain
+from starlm.ops.cross_entropy import cross_entropy
 from starlm.ops.plain import is_plain
 
 
@@ -89,4 +90,25 @@ def test_two_threads_may_overlap():
     first.__exit__(None, None, None)
     assert is_plain()
     second.__exit__(None, None, None)
+    assert not is_plain()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_derivatives_are_those_of_the_definition(model):
+    """Kernels have none: they would be zeros, in silence."""
+    values, shift = torch.randn(1, 6, 2, 4), torch.rand(1, 6, 2, 4) * 3
+    x, layer, tokens = torch.randn(1, 6, 32), model.blocks[0].mixer, torch.randint(40, (2, 9))
+    origins = {n: torch.full((1, 6), -1) for n in layer.orders}
+    head, hidden = model.head.weight, torch.randn(9, 32)
+    for function, at in (
+        (lambda v: deform(v, shift), values),
+        (lambda s: deform(values, s), shift),
+        (lambda x: layer(x, origins=origins), x),
+        (lambda h: cross_entropy(h, head, tokens[0]), hidden),
+    ):
+        got = torch.func.jvp(function, (at,), (torch.ones_like(at),))
+        with plain():
+            wanted = torch.func.jvp(function, (at,), (torch.ones_like(at),))
+        assert wanted[1].abs().sum() > 0
+        torch.testing.assert_close(got, wanted)
     assert not is_plain()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from starlm.errors import InputError
 from starlm.train.muon import Muon, orthogonalise
 
 OPTIONS = (3.4445, -4.7750, 2.0315), 5, 1e-7
@@ -110,3 +111,8 @@ def test_the_closure_is_called_with_gradients():
         return loss
 
     assert optimizer.step(closure).item() > 0
+
+
+def test_another_adjustment_of_the_rate_is_refused():
+    with pytest.raises(InputError, match="adjust_lr_fn"):
+        Muon(make((4, 4)), lr=0.1, adjust_lr_fn="match_rms_adamw")
