@@ -259,7 +259,7 @@ class Tally:
             median=median,
             p90=p90,
             max=furthest,
-            nothing=max(round(1 - total / asked, 6), 0.0),
+            nothing=max(0.0, round(1 - total / asked, 6)),
         )
 
     def groups(self, layer: int) -> Iterator[GroupReads]:

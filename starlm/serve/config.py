@@ -26,7 +26,8 @@ class ServeOptions:
     port: int = 8000
     """Port to listen on; 0 takes a free one and says which."""
     api_key: str | None = None
-    """What clients must send as `Authorization: Bearer KEY`; without it, all may ask who reach the port."""
+    """What clients must send as `Authorization: Bearer KEY`; without it, all may ask who reach the port, by
+    localhost or an address."""
     cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Origin of web pages elsewhere that may use the API, such as https://example.org; may be given again."""
     slots: int = 32
