@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 
 _FULL = {
     errno.ENOSPC: "The disk is full",
@@ -22,7 +22,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """Replace the file at `path` by `data`, atomically and durably; write into a device or pipe.
 
     Raises:
-        InputError: the disk is full or the folder is not writable; the old file is untouched.
+        StarLMError: the disk is full; the old file is untouched.
+        InputError: the folder is not writable.
     """
     with readable_os_errors(path):
         # Of a link it is the file behind it.
@@ -50,7 +51,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     It is written beside its place, synced file by file, and renamed. An existing `path` is replaced.
 
     Raises:
-        InputError: the disk is full or the place is not writable; an existing `path` is untouched.
+        StarLMError: the disk is full; an existing `path` is untouched.
+        InputError: the place is not writable.
     """
     with readable_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ def readable_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise InputError(
+            raise StarLMError(
                 f"{_FULL[error.errno]}: {path} could not be written. What was there before is untouched. "
                 f"Free some space or choose another folder, then run the same command again."
             ) from error

@@ -75,11 +75,11 @@ def tree(folder):
 def refused(home, capsys):
     """Runs `starlm ARGS` and checks that it is refused in one paragraph that has these parts."""
 
-    def run(*argv, parts, lost=lambda path: False):
+    def run(*argv, parts, lost=lambda path: False, code=2):
         before = tree(home)
-        code = main([str(word) for word in argv])
+        got = main([str(word) for word in argv])
         said = capsys.readouterr().err
-        assert code == 2, said
+        assert got == code, said
         paragraph = said.splitlines()[-1]
         if not paragraph.startswith("error: "):
             # What the command line's parser found comes wrapped, in a box.
@@ -128,7 +128,7 @@ def test_sources_that_cannot_be_read(home, refused, name, content, parts):
     ("argv", "parts"),
     [
         (["--vocab-size", "3"], ["vocab_size must be at least 265", "got 3"]),
-        (["--validation-fraction", "1.5"], ["validation_fraction must lie between 0 and 1", "1.5"]),
+        (["--validation-fraction", "1.5"], ["validation_fraction must be above 0 and below 1", "1.5"]),
         (["--tokenizer", "nowhere"], ["tokenizer", "nowhere", "Give a tokenizer.json"]),
         (["--tokenizer", "text/1.txt"], ["1.txt is not a tokenizer", "Copy the file again"]),
         (["--out", "text"], ["text holds something else", "Choose another --out"]),
@@ -347,8 +347,8 @@ def test_no_room_for_data(home, refused, no_room):
     for number in range(6, 30):
         (home / "text" / f"{number}.txt").write_text("abcd efgh " * 1000)
     make_room = no_room(home / "place")
-    refused(*PREPARE, "text", "--out", "place/data", "--overwrite", "--vocab-size", 300, parts=FULL)
-    refused(*PREPARE, "text", "--out", "place/new", "--vocab-size", 300, parts=FULL)
+    refused(*PREPARE, "text", "--out", "place/data", "--overwrite", "--vocab-size", 300, parts=FULL, code=1)
+    refused(*PREPARE, "text", "--out", "place/new", "--vocab-size", 300, parts=FULL, code=1)
     assert sorted(os.listdir(home / "place")) in (["data"], [".filler", "data"])
     make_room()
     assert main([*PREPARE, "text", "--out", "place/data", "--overwrite", "--vocab-size", "300"]) == 0
@@ -358,7 +358,7 @@ def test_no_room_for_a_checkpoint(home, refused, no_room, capsys):
     make_room = no_room(home / "run")
     # What was measured in the meantime may be told; the run itself is as it was.
     told = ("metrics.jsonl", "run.toml")
-    refused(*USERS[2], parts=FULL, lost=lambda path: path.name in told)
+    refused(*USERS[2], parts=FULL, code=1, lost=lambda path: path.name in told)
     records = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "step"][:4] == [1, 2, 3, 4]
     make_room()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 from starlm.files import check_place, only_writer, readable_os_errors, settle, whole_folder, write_whole
 
 # A process number above what any system gives out.
@@ -98,7 +98,7 @@ def test_an_error_leaves_what_was_there(tmp_path, before, error):
 @pytest.mark.parametrize("name", ["os.fsync", "pathlib.Path.rename"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, name):
     fill(tmp_path / "a", old="1")
-    with pytest.raises(InputError, match=r"The disk is full: .*a could not be written.* Free some space"):
+    with pytest.raises(StarLMError, match=r"The disk is full: .*a could not be written.* Free some space"):
         replace(tmp_path / "a", lambda: monkeypatch.setattr(name, full))
     monkeypatch.undo()
     assert tree(tmp_path) == {"a": None, "a/old": b"1"}
@@ -112,7 +112,7 @@ def test_a_failure_of_the_second_rename_puts_the_old_folder_back(tmp_path, monke
         return full() if ".partial-" in self.name else rename(self, target)
 
     monkeypatch.setattr(Path, "rename", only_aside)
-    with pytest.raises(InputError, match="disk is full"), whole_folder(tmp_path / "a") as folder:
+    with pytest.raises(StarLMError, match="disk is full"), whole_folder(tmp_path / "a") as folder:
         fill(folder, new="2")
     assert tree(tmp_path) == {"a": None, "a/old": b"1"}
 
@@ -197,7 +197,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     write_whole(path, b"2")
     assert tree(tmp_path) == {"a": b"2"}
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match="disk is full"):
+    with pytest.raises(StarLMError, match="disk is full"):
         write_whole(path, b"3")
     assert tree(tmp_path) == {"a": b"2"}
 
@@ -215,8 +215,11 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     ],
 )
 def test_errors_of_the_system_are_explained(number, parts):
-    with pytest.raises(InputError) as caught, readable_os_errors(Path("here")):
+    with pytest.raises(StarLMError) as caught, readable_os_errors(Path("here")):
         raise OSError(number, os.strerror(number))
+    # A full disk is nobody's bad input.
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    assert caught.value.exit_code == (1 if full else 2)
     for part in parts:
         assert part in str(caught.value)
 

@@ -397,7 +397,7 @@ def _prompt(text: str) -> str:
 
 
 def _prepare_readline(commands: list[str]) -> None:
-    """Arrow keys, history, Tab for commands, Alt+Enter for a new line; where Python has readline."""
+    """Arrow keys, history, Tab for commands, Alt+Enter for a new line, what is pasted as one text."""
     with suppress(ImportError):
         import readline
 
@@ -409,6 +409,7 @@ def _prepare_readline(commands: list[str]) -> None:
         readline.set_completer(complete)
         readline.set_completer_delims(" \n")
         readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")
         readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
 
 

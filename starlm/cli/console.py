@@ -1,10 +1,12 @@
 """What a verb says while it works: a progress bar on a terminal, plain lines elsewhere, JSON for programs."""
 
+import io
 import json
 import math
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -85,6 +87,9 @@ def piped() -> str:
     Raises:
         InputError: it is not text in stdin's encoding.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # In a plain locale Python hides bytes that are no text in halves of surrogate pairs.
+        sys.stdin.reconfigure(errors="strict")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -172,14 +177,21 @@ class _Training(ABC):
 
     def on_plan(self, record: Record) -> None:
         self.steps, self.start = record["steps"], record["start_step"]
+        layers = " and ".join(f"{number} {letter}" for letter, number in Counter(record["layers"]).items())
         self.line(
-            f"{record['parameters']['total'] / 1e6:.1f} M parameters, {record['steps']:,} steps, on "
-            f"{record['device']} ({record['threads']} threads, {record['precision']})"
+            f"{record['parameters']['total'] / 1e6:.1f} M parameters, layers {layers}, "
+            f"{record['steps']:,} steps, on {record['device']} ({record['threads']} threads, "
+            f"{record['precision']})"
         )
         if record["resumed"] and self.start == self.steps:
             self.line("all steps were done before; measured again:")
         elif record["resumed"]:
             self.line(f"going on at step {record['start_step']:,}")
+            if (before := record.get("horizon_before", self.steps)) != self.steps:
+                self.line(
+                    f"the horizon was {before:,} steps; now rates are those of a run of {self.steps:,}, "
+                    f"the matrices' {record['matrix_lr']:.3g}"
+                )
 
     def on_step(self, record: Record) -> None:
         # Running means over about ten steps, without a bias towards the start.

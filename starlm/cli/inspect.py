@@ -84,7 +84,8 @@ def _say(data: dict[str, Any], console: Console) -> None:
     rows: list[list[str]] = [["layer", "kind", "heads", "median", "90 %", "max", "nothing"]]
     for group in data["groups"]:
         reach = group["reach"]
-        figures = [f"{reach[name]:,}" for name in ("median", "p90", "max")]
+        reads = reach["nothing"] < 1
+        figures = [f"{reach[name]:,}" if reads else "–" for name in ("median", "p90", "max")]
         nothing = f"{reach['nothing']:.1%}" if reach["nothing"] else ""
         rows.append([str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing])
     console.table(rows)

@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -48,6 +49,14 @@ SPINS = "2000"
 RERUN = "Run the same command again to start over."
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a verb as Ctrl+C does: what it had begun to write goes."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
     # Text that the terminal's encoding lacks must not end a run.
@@ -60,6 +69,7 @@ def entry() -> None:
     # What the library has to say besides: that it compiles kernels.
     logging.getLogger("starlm").addHandler(logging.StreamHandler())
     logging.getLogger("starlm").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
     code = main(words)
     try:
         sys.stdout.flush()
@@ -92,9 +102,9 @@ def main(argv: Sequence[str]) -> int:
         module, summary = VERBS[name]
         verb = import_module(module).VERBS[name]
         return _run(name, summary, verb, rest)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\ninterrupted: {verb.rerun if verb else RERUN}", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except BrokenPipeError:
         return _reader_left()
     except Exception as error:

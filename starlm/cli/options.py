@@ -49,6 +49,9 @@ class Verb(Generic[O]):
     """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
     follow: Callable[[O], Layer] | None = None
     """Defaults that follow from other options, such as a model's vocabulary from its data."""
+    resumes: tuple[str, str] | None = None
+    """An option that names a folder, and a TOML file there: it stands for --config, where neither that nor
+    --preset is given."""
     plan: Callable[[O], dict[str, Any]] | None = None
     """What --dry-run adds to the resolved configuration."""
     rerun: str = "Nothing was kept; run the same command again to start over."
@@ -81,6 +84,10 @@ def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: La
     options = from_dict(verb.options, dict(verb.base), where="the defaults")
     options = _overlay(verb, options, follow, "the defaults")
     preset, config = _value_of("--preset", argv), _value_of("--config", argv)
+    if verb.resumes and preset is None and config is None:
+        option, name = verb.resumes
+        file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
+        config = str(file) if file.is_file() else None
     if preset is not None:
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
     if config is not None:

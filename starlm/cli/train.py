@@ -50,6 +50,7 @@ VERBS = {
         presets=TRAIN,
         one_of=HORIZON,
         follow=vocabulary_of_data,
+        resumes=("out", "run.toml"),
         plan=training_plan,
         rerun=RERUN,
     )

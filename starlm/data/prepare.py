@@ -120,7 +120,7 @@ def prepare(
     began = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction must lie between 0 and 1; got {validation_fraction}.")
+        raise InputError(f"validation_fraction must be above 0 and below 1; got {validation_fraction}.")
     if tokenizer is None:
         check_vocab_size(vocab_size)
     out = Path(out)

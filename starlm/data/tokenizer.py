@@ -86,7 +86,7 @@ class Tokenizer:
             if not token.special:
                 raise InputError(
                     f"The tokenizer's added token {token.content!r} is not a special one, so a text could "
-                    f"contain it. Train a tokenizer with StarLM."
+                    f"contain it. Add it as a special one (add_special_tokens), or train one with StarLM."
                 )
             added[token.content] = number
         for name in SPECIAL:

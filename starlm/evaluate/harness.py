@@ -40,10 +40,11 @@ def run_tasks(
     """
     folder = find_checkpoint(model)
     verify(folder)
-    if find_spec("lm_eval") is None or find_spec("transformers") is None:
+    needed = ("lm_eval", "transformers", "accelerate", "datasets")
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise InputError(
-            "--lm-eval needs lm-evaluation-harness, which is not installed. Install StarLM with its extra: "
-            "pip install -e '.[eval]'"
+            f"--lm-eval needs lm-evaluation-harness and its parts; not installed: {', '.join(missing)}. "
+            f"Install StarLM with its extra: pip install -e '.[eval]'"
         )
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM

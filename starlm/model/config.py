@@ -33,7 +33,7 @@ class StarLMConfig:
     context: int = 512
     """Tokens per training row. Generation may go further."""
     max_shift: int | None = None
-    """Furthest reach of `now` and `box` heads in tokens, so that their memory is constant; None is unbounded."""
+    """Furthest reach of `now` and `box` heads in tokens, which bounds their memory; None is unbounded."""
     shift_init: float | None = None
     """Shift in tokens that all channels of `now` heads start from; None spreads them: 0.8 on average."""
     softcap: float = 15.0

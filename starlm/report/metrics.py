@@ -24,6 +24,8 @@ class RunMetrics:
     """run.toml as plain values, with what follows from the depth as the plan has it; empty without one."""
     plan: Record = field(default_factory=dict)
     """The last session's plan."""
+    horizons: list[Any] = field(default_factory=list)
+    """Steps that the sessions were to end at, if they differ: then no one command trains the run again."""
     steps: list[Record] = field(default_factory=list)
     validations: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
@@ -78,6 +80,9 @@ def read_run(folder: Path) -> RunMetrics:
         elif record["kind"] == "plan":
             start = record.get("start_step", 0)
             found = {key: old for key, old in found.items() if old["step"] <= start and key[0] != "end"}
+            if run.plan and record.get("steps") != run.plan.get("steps"):
+                run.horizons += [run.plan.get("steps")] if not run.horizons else []
+                run.horizons.append(record.get("steps"))
             run.plan, run.sessions = record, run.sessions + 1
         else:
             found[record["kind"], record["step"], record.get("prompt")] = record

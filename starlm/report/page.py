@@ -78,6 +78,7 @@ def _values(runs: list[RunMetrics]) -> dict[str, Any]:
                 "samples_step": run.samples[-1]["step"] if run.samples else 0,
                 "config": settings(run.config),
                 "command": command(run),
+                "horizons": run.horizons,
                 "damaged": run.damaged,
             }
             for run in runs

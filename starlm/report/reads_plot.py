@@ -205,8 +205,9 @@ def _histograms(
                 ticks, [names[tick] for tick in ticks] if last else [""] * len(ticks), color=INK, fontsize=7
             )
             nothing = f", nothing {reach['nothing']:.0%}" if reach["nothing"] else ""
+            says = f"median {reach['median']:,}, 90 % ≤ {reach['p90']:,}{nothing}"
             axes.set_title(
-                f"median {reach['median']:,}, 90 % ≤ {reach['p90']:,}{nothing}",
+                says if reach["nothing"] < 1 else "reads nothing",
                 fontsize=7.5,
                 color=INK,
                 loc="left",

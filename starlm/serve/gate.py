@@ -29,13 +29,16 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServeOptions, metrics: Metrics) -> None:
         """Args: app: what is behind. options: key and limit. metrics: counts requests."""
         self._app, self._metrics, self._max_body = app, metrics, options.max_body
-        self._key = None if options.api_key is None else f"Bearer {options.api_key}".encode()
+        self._key = None if options.api_key is None else options.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # What GET would answer; of the copy the server does not know, and leaves the body out.
+            scope = {**scope, "method": "GET"}
         began, status = time.perf_counter(), 0
         number = f"req-{secrets.token_hex(8)}"
 
@@ -81,8 +84,8 @@ class Gate:
         guarded = scope["path"].startswith("/v1") or scope["path"] == "/metrics"
         if self._key is None or not guarded or scope["method"] == "OPTIONS":
             return
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if not compare_digest(given, self._key):
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), self._key):
             raise APIError(
                 401,
                 "Send the server's key as the header Authorization: Bearer KEY.",

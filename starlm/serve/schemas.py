@@ -127,6 +127,14 @@ class GenerationRequest(Strict):
     """Only with stream."""
     user: Annotated[str, Field(max_length=1000)] | None = None
     """Accepted, and not used."""
+    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
+    """Accepted, and not used."""
+    metadata: Annotated[dict[str, Text], Field(max_length=16)] | None = None
+    """Accepted, and not used."""
+    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None
+    """Accepted, and not used: what prompts have in common is found by itself."""
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
+    """Accepted, and not used."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationRequest":

@@ -126,8 +126,9 @@ class _Session:
     def train(self) -> Record:
         """All steps that are left; the last record."""
         config, horizon = self.config, self.config.num_steps
+        before = next((r for r in reversed(self.run.records()) if r.get("kind") == "plan"), {})
         self.run.begin(self.tokenizer, self.start)
-        self._tell_plan()
+        self._tell_plan(before)
         loader = PackedLoader(
             self.data.splits["train"],
             rows=config.rows,
@@ -172,6 +173,7 @@ class _Session:
 
     def _step(self, batch: Batch) -> None:
         """One step of the optimizers, and its record."""
+        self._check(batch)
         began, config = time.perf_counter(), self.config
         share = self.optimizers.schedule(self.done, config.num_steps)
         loss, norm = self.step(batch)
@@ -187,6 +189,18 @@ class _Session:
             tokens_per_second=config.batch_tokens / elapsed,
             seconds=self.seconds,
         )
+
+    def _check(self, batch: Batch) -> None:
+        """Refuse tokens that the model does not know: only damaged data have them. What is done is saved."""
+        highest, vocab = int(max(batch.inputs.max(), batch.targets.max())), self.config.model.vocab_size
+        if highest >= vocab:
+            if self.done > self.start:
+                self._save()
+            raise InputError(
+                f"The data in {self.config.data} are damaged: they have the token {highest} of a vocabulary "
+                f"of {vocab}. starlm data stats --data {self.config.data} --verify says which file it is. "
+                f"Prepare them again, as they were, and run this again to go on at step {self.done}."
+            )
 
     def _validate(self) -> Record:
         most = self.config.eval_tokens or None
@@ -212,7 +226,8 @@ class _Session:
         self._emit("checkpoint", path=str(path))
         return path
 
-    def _tell_plan(self) -> None:
+    def _tell_plan(self, before: Record) -> None:
+        """Args: before: the plan of the session before, if there was one."""
         self._emit(
             "plan",
             steps=self.config.num_steps,
@@ -220,12 +235,15 @@ class _Session:
             matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
             # Where the settings say 0, as follows from the depth.
             model={"dim": self.config.model.width, "heads": self.config.model.num_heads},
+            layers=self.config.model.layer_kinds,
             parameters=self.config.model.num_parameters,
             flops_per_token=self.config.model.flops_per_token(),
             device=str(self.device),
             precision=self.precision,
             threads=torch.get_num_threads(),
             resumed=self.start > 0,
+            # Another horizon bends the schedule where it stands.
+            horizon_before=(before if self.start else {}).get("steps", self.config.num_steps),
             time=time.time(),
         )
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import write_model_folder
 
+from runs import write_model_folder
 from starlm.cli.chat import HELP
 from starlm.text import printable
 
@@ -281,3 +281,13 @@ def test_without_stdin(command, monkeypatch, base):
     monkeypatch.setattr(sys, "stdin", None)
     done = command("chat", "--model", base)
     assert (done.code, "needs a terminal, or one message through a pipe" in done.err) == (2, True)
+
+
+def test_what_is_pasted_is_one_message(terminal, base, tmp_path):
+    chat = terminal("--model", base, "--max-tokens", "2")
+    chat.until("> ")
+    chat.type("\x1b[200~line one\nline two\x1b[201~\r")
+    chat.until("> ")
+    chat.enter("/save talk.json")
+    chat.until("2 messages saved")
+    assert messages(tmp_path / "talk.json")[0] == ("user", "line one\nline two")

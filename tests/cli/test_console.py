@@ -37,7 +37,7 @@ def test_plain_lines(capsys, training_records):
     assert "\x1b" not in out
     assert "\r" not in out
     lines = out.splitlines()
-    assert lines[0] == "5.2 M parameters, 1,000 steps, on cpu (2 threads, float32)"
+    assert lines[0] == "5.2 M parameters, layers 3 D and 1 W, 1,000 steps, on cpu (2 threads, float32)"
     steps = [line for line in lines if re.match(r"step [\d,]+/1,000  loss ", line)]
     # The first, the last, and one per 5 %.
     assert 20 <= len(steps) <= 22
@@ -69,7 +69,16 @@ def test_a_resumed_run_says_so_and_its_eta_counts_from_there(capsys, training_re
             on_record(record)
     out = capsys.readouterr().out
     assert "going on at step 90" in out
+    assert "horizon" not in out
     assert "step 91/100  loss -1.1000  4,096 tokens/s  eta 0:18" in out
+
+
+def test_another_horizon_and_its_rate_are_told(capsys, training_records):
+    with Console().training() as on_record:
+        for record in training_records(steps=1100, start=90, before=100):
+            on_record(record)
+    said = "the horizon was 100 steps; now rates are those of a run of 1,100, the matrices' 0.0123"
+    assert said in capsys.readouterr().out
 
 
 def test_plain_progress(capsys):

@@ -188,3 +188,20 @@ def test_every_option_has_help():
     for field in fields(TRAIN_VERBS["train"].options):
         after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
         assert after.strip().startswith('"""'), field.name
+
+
+def test_a_run_folder_alone_says_how_it_goes_on(resolved):
+    settings = 'seed = 7\nsteps = 9\nout = "run"\n[model]\ndepth = 3\nvocab_size = 300\n'
+    Path("run").mkdir()
+    Path("run/run.toml").write_text(settings)
+    for words in (("--out", "run"), ("--out=run", "--steps", "11"), ("--out", "run", "--tokens", "4096")):
+        options = resolved(*words)
+        assert (options["seed"], options["model"]["depth"], options["out"]) == (7, 3, "run")
+    assert (options["steps"], options["tokens"]) == (None, 4096)
+    assert resolved("--out", "run", "--preset", "small")["seed"] == 0
+    Path("a.toml").write_text("seed = 8\n")
+    assert resolved("--out", "run", "--config", "a.toml")["seed"] == 8
+    # Also where it is by default.
+    Path("runs/base").mkdir(parents=True)
+    Path("runs/base/run.toml").write_text(settings.replace("run", "runs/base"))
+    assert resolved()["seed"] == 7

@@ -1,7 +1,11 @@
 """What each verb does with what it is given."""
 
 import io
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,3 +370,25 @@ def test_doctor_survives_what_it_looks_for(command, monkeypatch):
     assert "libllvm is gone" in done.json["problems"]["operator, cpu"]
     assert "ZeroDivisionError" in done.json["problems"]["disk"]
     assert "! operator, cpu: It does not run here" in done.err
+
+
+def test_bytes_on_stdin_that_are_no_text_are_named(tmp_path):
+    Tokenizer.train(["a"], 265).save(tmp_path)
+    words = [sys.executable, "-m", "starlm", "tokenizer", "show", "--tokenizer", str(tmp_path)]
+    done = subprocess.run(words, input=b"caf\xe9", capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    assert done.returncode == 2
+    assert b"stdin is not UTF-8 text: at byte 3" in done.stderr
+
+
+def test_sigterm_ends_a_verb_as_ctrl_c_does(tmp_path):
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text(" ".join(f"word{number * 1000 + n}" for n in range(3000)))
+    words = [sys.executable, "-m", "starlm", "data", "prepare", ".", "--out", "out/data"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out").is_dir() or not os.listdir(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert b"interrupted: " in process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path / "out") == []

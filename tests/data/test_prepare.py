@@ -13,7 +13,7 @@ from starlm.data.documents import position_of
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 
 
 def tree(folder):
@@ -354,9 +354,9 @@ def test_sources_that_change_meanwhile_are_refused(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 0}, "between 0 and 1; got 0"),
-        ({"validation_fraction": 1}, "between 0 and 1; got 1"),
-        ({"validation_fraction": float("nan")}, "between 0 and 1; got nan"),
+        ({"validation_fraction": 0}, "above 0 and below 1; got 0"),
+        ({"validation_fraction": 1}, "above 0 and below 1; got 1"),
+        ({"validation_fraction": float("nan")}, "above 0 and below 1; got nan"),
         ({"vocab_size": 264}, "vocab_size must be at least 265"),
         ({"shard_tokens": 0}, "shard_tokens must be 1 or more"),
         ({"tokenizer": "nowhere.json"}, "no readable tokenizer at nowhere.json"),
@@ -419,6 +419,6 @@ def test_a_full_disk_leaves_nothing(corpus, monkeypatch, files, out):
         return ""
 
     monkeypatch.setattr("starlm.data.shards.sha256", full)
-    with pytest.raises(InputError, match=r"The disk is full: .*Free some space"):
+    with pytest.raises(StarLMError, match=r"The disk is full: .*Free some space"):
         prepare([corpus / "text"], corpus / out, overwrite=True, **OPTIONS)
     assert tree(corpus) == before

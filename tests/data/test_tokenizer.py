@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 
 from starlm.data import tokenizer as module
 from starlm.data.tokenizer import SPECIAL, Tokenizer
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n\n" * 30,
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match=r"disk is full: .*tokenizer\.json.*Free"):
+    with pytest.raises(StarLMError, match=r"disk is full: .*tokenizer\.json.*Free"):
         Tokenizer.train(["a"], 265).save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

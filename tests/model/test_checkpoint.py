@@ -11,7 +11,7 @@ from models import BOUNDED, KINDS, make_model, make_tokens
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from starlm.errors import InputError
+from starlm.errors import StarLMError
 from starlm.files import whole_folder
 from starlm.model import checkpoint
 from starlm.model.checkpoint import (
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 
 def refused(call, *words):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(StarLMError) as error:
         call()
     for word in words:
         assert word in str(error.value), str(error.value)

@@ -202,3 +202,14 @@ def test_any_name_of_a_run_is_in_the_legends(tmp_path, write_run, name):
     text = write_report([write_run(tmp_path / name), write_run(tmp_path / "other")]).read_text()
     plots = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
     assert [Page(plot).text.count(name) for plot in plots] == [1, 1, 1]
+
+
+def test_a_run_with_several_horizons_says_that_its_command_makes_another(tmp_path, write_run):
+    folder = write_run(tmp_path / "a", steps=20)
+    more = write_run(tmp_path / "b", steps=60, start_step=20)
+    lines = (folder / "metrics.jsonl").read_text() + (more / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(lines)
+    for run, told in ((folder, True), (more, False)):
+        page = write_report([run])
+        for path in (page, page.with_suffix(".md")):
+            assert ("were to end at 20, 60 steps" in path.read_text()) == told

@@ -73,7 +73,7 @@ class Server:
         finally:
             connection.close()
         kind = answer.headers.get_content_type()
-        parsed = json.loads(text) if kind == "application/json" else text.decode()
+        parsed = json.loads(text) if text and kind == "application/json" else text.decode()
         return SimpleNamespace(status=answer.status, headers=answer.headers, body=parsed)
 
     def get(self, path, **more):

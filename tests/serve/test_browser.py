@@ -406,3 +406,23 @@ def test_everything_can_be_reached_by_keyboard(page):
     controls = "button, input:not([aria-hidden=true]), select, textarea"
     unnamed = f"[...document.querySelectorAll('{controls}')].filter(e => !({name})).map(e => e.outerHTML)"
     assert page.evaluate(unnamed) == []
+
+
+def test_a_key_that_is_missing_is_named_and_the_message_waits_for_it(chromium, run, serve):
+    at = serve("--model", run, "--api-key", "sesame").ready()
+    page = chromium.new_page()
+    page.set_default_timeout(20_000)
+    try:
+        page.goto(f"{at.url}/")
+        expect(page.get_by_role("alert")).to_contain_text("asks for an API key")
+        send(page, "def add")
+        expect(page.get_by_role("alert")).to_contain_text("asks for an API key")
+        page.evaluate("sessionStorage.setItem('starlm.key', 'sesame'); loadModels()")
+        expect(page.get_by_role("alert")).to_contain_text("The server answers now.")
+        page.get_by_role("button", name="Try again").click()
+        done(page)
+        assert texts(page)[0] == "def add"
+        assert len(texts(page)) == 2
+        expect(page.get_by_role("alert")).to_have_count(0)
+    finally:
+        page.close()

@@ -29,3 +29,13 @@ def test_a_flood_of_mistakes_stays_small(kind, body):
     with pytest.raises(ValidationError) as error:
         kind.model_validate(body)
     assert error.value.error_count() < 1000
+
+
+def test_what_changes_no_answer_is_taken():
+    free = {"user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "prompt_cache_key": "k"}
+    for retention in ("in_memory", "24h"):
+        body = {**COMPLETION, **free, "prompt_cache_retention": retention}
+        assert CompletionRequest.model_validate(body).metadata == {"a": "b"}
+    for wrong in ({"metadata": {"a": 1}}, {"metadata": {str(n): "x" for n in range(17)}}):
+        with pytest.raises(ValidationError):
+            CompletionRequest.model_validate({**COMPLETION, **wrong})

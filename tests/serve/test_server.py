@@ -96,15 +96,26 @@ def test_ctrl_c_while_the_models_are_loaded(serve, run):
 
 
 def test_the_key(limited):
-    for given in (None, "sesame", "Bearer wrong", "é"):
+    for given in (None, "sesame", "Bearer wrong", "Basic sesame", "Bearer", "Bearer sesame x", "é"):
         headers = {} if given is None else {"Authorization": given}
         for path in ("/v1/models", "/metrics"):
             answer = limited.get(path, headers=headers)
             assert answer.status == 401
             assert answer.body["error"]["code"] == "invalid_api_key"
     assert limited.get("/v1/models", headers=KEY).status == 200
+    # A scheme's case says nothing (RFC 9110).
+    assert limited.get("/v1/models", headers={"Authorization": "bearer sesame"}).status == 200
     for path in ("/", "/health", "/docs"):
         assert limited.get(path).status == 200
+
+
+def test_head_is_get_without_the_body(limited, server):
+    for path in ("/", "/health", "/v1/models", "/metrics"):
+        head, get = server.ask("HEAD", path), server.get(path)
+        assert (head.status, head.body) == (200, "")
+        assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert limited.ask("HEAD", "/v1/models").status == 401
+    assert server.ask("HEAD", "/nowhere").status == 404
 
 
 def test_names_that_a_foreign_dns_may_point_here(limited, server):

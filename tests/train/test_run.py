@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starlm.data.tokenizer import Tokenizer
-from starlm.errors import InputError
+from starlm.errors import InputError, StarLMError
 from starlm.model.checkpoint import load_model, verify
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml
@@ -157,7 +157,7 @@ def test_a_full_disk_is_named_when_a_record_does_not_fit(parts):
     run = begun(parts)
     (run.folder / "metrics.jsonl").unlink()
     (run.folder / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"The disk is full: .*metrics\.jsonl"):
+    with pytest.raises(StarLMError, match=r"The disk is full: .*metrics\.jsonl"):
         run.record({"kind": "step", "step": 1})
 
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(parts, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("starlm.train.run.save_tensors", full)
-    with pytest.raises(InputError, match=r"The disk is full: .*step-000004 could not be written"):
+    with pytest.raises(StarLMError, match=r"The disk is full: .*step-000004 could not be written"):
         save(run, 4, parts)
     assert {p: p.read_bytes() for p in run.folder.rglob("*.*") if p.is_file()} == before
     assert names(run.folder / "checkpoints") == ["step-000003"]
