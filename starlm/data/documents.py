@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from starlm.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
-SplitName = Literal["train", "validation"]
 
 # Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
 # model to recite code pages; lib2to3 comes and goes between Python versions.
@@ -341,13 +340,3 @@ def _raise_unreadable(error: OSError, path: Path | None = None) -> None:
 def position_of(source: str) -> int:
     """Where a document lies among all, in [0, 2^64): the beginning of the SHA-256 of its source."""
     return int.from_bytes(hashlib.sha256(source.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-
-
-def split_of(source: str, validation_fraction: float) -> SplitName:
-    """The split of a document: a function of its source alone, the same on every machine.
-
-    Args:
-        source: `Document.source`.
-        validation_fraction: expected share of documents in validation, in [0, 1].
-    """
-    return "validation" if position_of(source) < validation_fraction * 2**64 else "train"

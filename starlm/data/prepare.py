@@ -72,11 +72,6 @@ class PrepareReport:
     """The first of them."""
     seconds: float
 
-    @property
-    def tokens_per_byte(self) -> float:
-        """Tokens of both splits for each byte of text."""
-        return sum(self.tokens.values()) / sum(self.bytes.values())
-
 
 def prepare(
     sources: Iterable[str | Path] | Literal["embedded"],

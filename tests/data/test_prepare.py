@@ -203,7 +203,6 @@ def test_the_report_counts(corpus, tmp_path):
     data = TokenData.open(tmp_path / "out")
     data.verify()
     assert report.tokens == {name: split.num_tokens for name, split in data.splits.items()}
-    assert report.tokens_per_byte == sum(report.tokens.values()) / sum(report.bytes.values())
     assert [values[1:] for values in stages if values[0] == "read"] == [(n, 14) for n in range(1, 15)]
     assert [stage for stage, *_ in stages][-1] == "encode"
     assert stages[-1] == ("encode", 12, 12)
