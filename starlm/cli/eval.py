@@ -122,7 +122,13 @@ def trained_on(model: Path) -> Path:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise InputError(f"{model} belongs to no run, so its data is not known. Name a folder with --data.")
-    folder = Path(read_toml(file).get("data", "data"))
+    settings = read_toml(file)
+    folder = Path(settings.get("data", "data"))
+    if not folder.exists():
+        # Seen from where the run was made, which its own name there tells.
+        name, place = Path(settings.get("out", ".")).parts, file.absolute().parent.parts
+        if name and place[-len(name) :] == name:
+            folder = Path(*place[: -len(name)]) / folder
     if not folder.exists():
         raise InputError(
             f"{file} names the data folder {folder}, which is not there (seen from {Path.cwd()}). Name it "

@@ -272,7 +272,7 @@ def test_generate_offers_all_of_sampling():
     assert wanted.items() <= options.items()
 
 
-def test_eval(command, fake_model, fake_data, stand_in):
+def test_eval(command, fake_model, fake_data, stand_in, monkeypatch):
     calls = []
 
     def evaluate(model, split, tokenizer, *, progress, **options):
@@ -289,6 +289,13 @@ def test_eval(command, fake_model, fake_data, stand_in):
         assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err
     assert calls[0]["max_tokens"] == 100
     assert "1.5000 bits per byte" in done.err
+    # From another folder than that where the run was made.
+    here = Path.cwd()
+    Path("m/run.toml").write_text('data = "d"\nout = "m"\n')
+    Path("far").mkdir()
+    monkeypatch.chdir("far")
+    done = command("eval", "--model", here / "m", "--json")
+    assert (done.code, done.json["data"]) == (0, str(here / "d")), done.err
 
 
 def test_eval_on_data_of_another_tokenizer(command, fake_model, fake_data, stand_in):
