@@ -5,8 +5,10 @@ splits batch and heads, so that every element of the gradient has one owner that
 the result does not depend on the number of threads and is always deterministic.
 """
 
+import numba
 import numpy as np
 import torch
+from numba.extending import overload
 from torch import Tensor
 
 from starlm.errors import InputError
@@ -54,6 +56,31 @@ def _warm(source, row):
     return seen
 
 
+def _blend(source, near, far, fraction, left, out):
+    """Fill `out` with what the rows near and far hold, channel by channel; `fraction` is used up."""
+    raise AssertionError("only compiled code calls this")
+
+
+@overload(_blend)
+def _blend_overload(source, near, far, fraction, left, out):
+    def blend(source, near, far, fraction, left, out):
+        for c in range(out.size):
+            i, j, column = np.uint32(near[c]), np.uint32(far[c]), np.uint32(left + c)
+            v = widen(source[i, column])
+            out[c] = v + fraction[c] * (widen(source[j, column]) - v)
+
+    def blend_bf16(source, near, far, fraction, left, out):
+        for c in range(out.size):
+            i, j, column = np.uint32(near[c]), np.uint32(far[c]), np.uint32(left + c)
+            v = widen(source[i, column])
+            fraction[c] = v + fraction[c] * (widen(source[j, column]) - v)
+        # Rounding pays a loop of its own, which vectorises; without rounding that would be slower.
+        for c in range(out.size):
+            store(out, c, fraction[c])
+
+    return blend_bf16 if out.dtype == numba.types.uint16 else blend
+
+
 @jit
 def _forward(values, shift, heads, origin, first, past, out, near, far, fraction, query0, query1):
     """Fill queries query0 .. query1 of the B * T in `out`; `near`, `far` and `fraction` are scratch."""
@@ -75,10 +102,7 @@ def _forward(values, shift, heads, origin, first, past, out, near, far, fraction
                     store(target, c, np.float32(0))
                 continue
             locate(shift[b, t, left:right], o, start, last, near, far, fraction)
-            for c in range(channels):
-                i, j, column = np.uint32(near[c]), np.uint32(far[c]), np.uint32(left + c)
-                v = widen(source[i, column])
-                store(target, c, v + fraction[c] * (widen(source[j, column]) - v))
+            _blend(source, near, far, fraction, left, target)
     return seen
 
 
