@@ -99,8 +99,9 @@ def settle_types(config: Any, prefix: str = "") -> None:
     Raises:
         InputError: names the field, its type, and what it got instead.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    hints = get_type_hints(type(config))
+    for name in (field.name for field in fields(config)):
+        hint, value = hints[name], getattr(config, name)
         if not is_dataclass(hint):
             object.__setattr__(config, name, _convert(value, hint, prefix + name, type(config).__name__))
         elif not isinstance(value, hint):  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -152,5 +152,12 @@ def test_what_is_made_in_python_has_the_types_that_are_declared():
         TrainConfig(steps=2.5)
     with pytest.raises(InputError, match=r"optim\.clip in OptimConfig must be of type float; got 'x'"):
         OptimConfig(clip="x")
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(OptimConfig):
+        NAME: ClassVar[str] = "x"
+        number: int = 1
+
+    assert More(number=3).number == 3
     with pytest.raises(InputError, match="model must be a StarLMConfig; got 3"):
         TrainConfig(model=3)

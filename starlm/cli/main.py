@@ -49,11 +49,13 @@ SPINS = "2000"
 RERUN = "Run the same command again to start over."
 
 
-class _Terminated(KeyboardInterrupt):
+class _Terminated(BaseException):
     """SIGTERM, which ends a verb as Ctrl+C does: what it had begun to write goes."""
 
 
 def _terminate(number: int, frame: object) -> None:
+    """What Python does between two of its steps, so behind compiled code that runs. A second signal kills."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise _Terminated
 
 
@@ -70,6 +72,8 @@ def entry() -> None:
     logging.getLogger("starlm").addHandler(logging.StreamHandler())
     logging.getLogger("starlm").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     code = main(words)
     try:
         sys.stdout.flush()
@@ -102,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         module, summary = VERBS[name]
         verb = import_module(module).VERBS[name]
         return _run(name, summary, verb, rest)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, _Terminated) as stop:
         print(f"\ninterrupted: {verb.rerun if verb else RERUN}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except BrokenPipeError:

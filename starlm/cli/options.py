@@ -84,10 +84,13 @@ def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: La
     options = from_dict(verb.options, dict(verb.base), where="the defaults")
     options = _overlay(verb, options, follow, "the defaults")
     preset, config = _value_of("--preset", argv), _value_of("--config", argv)
-    if verb.resumes and preset is None and config is None:
+    if verb.resumes and preset is None and config is None and not {"-h", "--help"} & set(argv):
         option, name = verb.resumes
         file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
-        config = str(file) if file.is_file() else None
+        if file.is_file():
+            # Where it was looked for, also if it has moved there from elsewhere.
+            layer = {**read_toml(file), option: str(file.parent)}
+            options = _overlay(verb, options, layer, str(file))
     if preset is not None:
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
     if config is not None:

@@ -167,7 +167,8 @@ class Tokenizer:
         """Write `path` (or `tokenizer.json` in it, if it is a folder), whole or not at all; the file written.
 
         Raises:
-            InputError: the disk is full or the place is not writable.
+            StarLMError: the disk is full.
+            InputError: the place is not writable.
         """
         path = Path(path)
         file = path / FILE if path.is_dir() else path
@@ -184,7 +185,8 @@ class Tokenizer:
             folder: exists.
 
         Raises:
-            InputError: the disk is full or the place is not writable.
+            StarLMError: the disk is full.
+            InputError: the place is not writable.
         """
         folder = Path(folder)
         self.save(folder / FILE)

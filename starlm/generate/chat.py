@@ -211,7 +211,8 @@ def write_conversation(path: Path, messages: Sequence[Message]) -> None:
     """Write the messages as JSON, whole or not at all.
 
     Raises:
-        InputError: the disk is full or the place is not writable.
+        StarLMError: the disk is full.
+        InputError: the place is not writable.
     """
     value = {"messages": [asdict(message) for message in messages]}
     write_whole(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

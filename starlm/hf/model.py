@@ -23,6 +23,7 @@ from starlm.hf.config import StarLMHFConfig
 from starlm.hf.inputs import first_rows
 from starlm.model.checkpoint import MANIFEST
 from starlm.model.model import Backbone, Headed, StarLM
+from starlm.model.step import MODULES
 from starlm.nn.block import Block
 
 # Tokens of a draft that assisted generation may take back from a bounded state. Drafts grow by 2 tokens with
@@ -32,6 +33,10 @@ DRAFT = 512
 
 class StarLMBlock(GradientCheckpointingLayer, Block):
     """A `Block` that forgets its activations, if asked, and computes them again for the gradients."""
+
+
+# A step in one piece does what they do: `GradientCheckpointingLayer` is for training.
+MODULES.add(StarLMBlock)
 
 
 class StarLMModel(Backbone, PreTrainedModel):

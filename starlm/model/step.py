@@ -30,8 +30,8 @@ from starlm.ops.plain import is_plain
 if TYPE_CHECKING:
     from starlm.model.model import Backbone
 
-# Of what a model must be made; and blocks, also those of transformers.
-MODULES = {nn.Embedding, nn.ModuleList, nn.Linear, Deformer, MLP, Attention}
+# Of what a model must be made; starlm.hf adds its own blocks.
+MODULES: set[type[nn.Module]] = {nn.Embedding, nn.ModuleList, nn.Linear, Block, Deformer, MLP, Attention}
 
 
 def step(
@@ -170,14 +170,9 @@ class Parts:
         weights = self._weights()
         dtype, device = weights[0].dtype, weights[0].device
         # Of other modules, adapters say, not all that matters is in their weights.
-        known = all(type(m) in MODULES or _is_block(m) for m in self._modules)
+        known = all(type(m) in MODULES for m in self._modules)
         plain = all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights)
         return known and plain and has_kernels(device, dtype) and len(self._modules[1]) > 0
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether it does what `Block` does, also as a class of its own, such as that of transformers."""
-    return isinstance(module, Block) and type(module).forward is Block.forward
 
 
 def _agree(mixers: list[Mixer], known: list[int]) -> bool:

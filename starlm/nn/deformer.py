@@ -94,7 +94,7 @@ class Deformer(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise InputError(f"Deformer needs heads to divide dim; got heads={heads}, dim={dim}.")
-        if max_shift is not None and (max_shift < 0 or max_shift != int(max_shift)):
+        if max_shift is not None and (not 0 <= max_shift < math.inf or max_shift != int(max_shift)):
             raise InputError(f"Deformer needs a whole max_shift of 0 or more, or None; got {max_shift}.")
         if window < 2:
             raise InputError(f"Deformer needs a window of 2 or more tokens; got {window}.")

@@ -28,7 +28,7 @@ class Rows:
         start = self.reserve(len(rows), length, rows)
         assert self.data is not None
         self.data[start : self.size] = rows.detach()
-        return torch.cat([self.data[:start], rows]) if rows.requires_grad else self.data[: self.size]
+        return torch.cat([self.data[:start], rows]) if torch.is_grad_enabled() else self.data[: self.size]
 
     def reserve(self, count: int, length: int, like: Tensor) -> int:
         """Make room for `count` rows behind absolute row `length`; where in `data` the first belongs.

@@ -36,7 +36,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":
+        method = scope["method"]
+        if method == "HEAD":
             # What GET would answer; of the copy the server does not know, and leaves the body out.
             scope = {**scope, "method": "GET"}
         began, status = time.perf_counter(), 0
@@ -62,7 +63,7 @@ class Gate:
             # It has been answered, as a 500.
             _LOG.exception("request %s failed", number)
         finally:
-            self._log(scope, number, status, time.perf_counter() - began)
+            self._log(scope, method, number, status, time.perf_counter() - began)
 
     def _check_host(self, scope: Scope) -> None:
         """Refuse names that somebody's DNS may have pointed here: his web page could read the answers."""
@@ -120,7 +121,7 @@ class Gate:
 
         return replay
 
-    def _log(self, scope: Scope, number: str, status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, method: str, number: str, status: int, seconds: float) -> None:
         route = scope.get("route")
         path = getattr(route, "path", None) or "other"
         # 499: the client left before there was anything to answer.
@@ -132,7 +133,7 @@ class Gate:
                 "fields": {
                     "id": number,
                     "client": client[0] if client else None,
-                    "method": scope["method"],
+                    "method": method,
                     "path": scope["path"],
                     "status": status or 499,
                     "seconds": round(seconds, 6),

@@ -64,7 +64,7 @@ def train(
 
     Raises:
         InputError: unusable data, settings or run folder, or another process that trains in it.
-        StarLMError: the loss is no longer finite; the last checkpoint is kept.
+        StarLMError: the loss is no longer finite, or the disk is full; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; the state was saved first.
     """
     run = Run(config)
@@ -194,7 +194,7 @@ class _Session:
         """Refuse tokens that the model does not know: only damaged data have them. What is done is saved."""
         highest, vocab = int(max(batch.inputs.max(), batch.targets.max())), self.config.model.vocab_size
         if highest >= vocab:
-            if self.done > self.start:
+            if self.done > self.run.last_step():
                 self._save()
             raise InputError(
                 f"The data in {self.config.data} are damaged: they have the token {highest} of a vocabulary "

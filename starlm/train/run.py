@@ -110,7 +110,7 @@ class Run:
         """Append one record to metrics.jsonl.
 
         Raises:
-            InputError: the disk is full.
+            StarLMError: the disk is full.
         """
         path = self.folder / "metrics.jsonl"
         with readable_os_errors(path), path.open("ab") as file:

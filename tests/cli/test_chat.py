@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,15 @@ def test_what_is_pasted_is_one_message(terminal, base, tmp_path):
     chat.enter("/save talk.json")
     chat.until("2 messages saved")
     assert messages(tmp_path / "talk.json")[0] == ("user", "line one\nline two")
+
+
+def test_sigterm_ends_it(terminal, base):
+    chat = terminal("--model", base)
+    chat.until("> ")
+    # Python's readline misses a signal in the instant between a prompt and the wait for a key.
+    for _ in range(5):
+        chat.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            chat.process.wait(5)
+            break
+    assert chat.process.poll() in (128 + signal.SIGTERM, -signal.SIGTERM)

@@ -190,7 +190,7 @@ def test_every_option_has_help():
         assert after.strip().startswith('"""'), field.name
 
 
-def test_a_run_folder_alone_says_how_it_goes_on(resolved):
+def test_a_run_folder_alone_says_how_it_goes_on(command, resolved):
     settings = 'seed = 7\nsteps = 9\nout = "run"\n[model]\ndepth = 3\nvocab_size = 300\n'
     Path("run").mkdir()
     Path("run/run.toml").write_text(settings)
@@ -201,7 +201,11 @@ def test_a_run_folder_alone_says_how_it_goes_on(resolved):
     assert resolved("--out", "run", "--preset", "small")["seed"] == 0
     Path("a.toml").write_text("seed = 8\n")
     assert resolved("--out", "run", "--config", "a.toml")["seed"] == 8
-    # Also where it is by default.
+    # Also where it is by default; and there it goes on, whatever it was called when it began.
     Path("runs/base").mkdir(parents=True)
-    Path("runs/base/run.toml").write_text(settings.replace("run", "runs/base"))
-    assert resolved()["seed"] == 7
+    Path("runs/base/run.toml").write_text(settings)
+    assert (resolved()["seed"], resolved()["out"]) == (7, "runs/base")
+    # Help is not about a run, and does not fail for one.
+    Path("runs/base/run.toml").write_text("unknown = 1\n")
+    assert command("train", "--help").code == 0
+    assert "Unknown key 'unknown' in runs/base/run.toml" in command("train").err

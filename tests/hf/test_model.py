@@ -9,6 +9,7 @@ from wrapped import ALL, FEW, make_pair
 
 from starlm.errors import InputError
 from starlm.hf import StarLMCache, StarLMForCausalLM, StarLMHFConfig, StarLMModel
+from starlm.model.step import parts_of
 
 NEW = 12
 OPTIONS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
@@ -341,3 +342,12 @@ def test_attention_implementations(tmp_path):
     wrapper.save_pretrained(tmp_path)
     for name in ("sdpa", "eager"):
         StarLMForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+
+
+def test_a_step_is_taken_in_one_piece():
+    """As the model's own, also by the trunk and with the blocks that training needs."""
+    _, wrapper = make_pair("star mixed", layers="DW", dtype=torch.float32)
+    with torch.no_grad():
+        for model in (wrapper, wrapper.base_model):
+            model(make_tokens(2, 1), use_cache=True)
+            assert parts_of(model).stepper is not None

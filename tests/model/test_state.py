@@ -361,14 +361,19 @@ def test_gradients_reach_the_tokens_of_their_call_and_end_there(kind):
     model, tokens = MODELS[kind], make_tokens(1, 12)
     with torch.enable_grad():
         state = model.new_state()
-        model(tokens[:, :5], state=state)
+
+        def gradient(logits):
+            return torch.autograd.grad(logits.square().sum(), model.embedding.weight)[0]
+
+        # Of the first call, before which there is nothing, that of the full forward.
+        assert_close(gradient(model(tokens[:, :5], state=state)), gradient(model(tokens[:, :5])), 1e-6)
         for piece in tokens[:, 5:].split([1, 4, 2], dim=1):
             held = copy.deepcopy(state)
             logits = model(piece, state=state)
-            (got,) = torch.autograd.grad(logits.square().sum(), model.embedding.weight)
+            got = gradient(logits)
             with plain():
                 again = model(piece, state=held)
-                (wanted,) = torch.autograd.grad(again.square().sum(), model.embedding.weight)
+                wanted = gradient(again)
             assert_close(logits, again)
             assert_close(got, wanted, 1e-6)
             assert wanted.any()

@@ -204,7 +204,12 @@ def test_what_it_says_of_itself_and_where_it_lies():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"max_shift": 2.5}, "whole max_shift"), ({"window": 1}, "a window of 2")]
+    ("options", "said"),
+    [
+        ({"max_shift": 2.5}, "whole max_shift"),
+        ({"max_shift": math.inf}, "whole max_shift"),
+        ({"window": 1}, "a window of 2"),
+    ],
 )
 def test_impossible_reaches(options, said):
     with pytest.raises(InputError, match=said):

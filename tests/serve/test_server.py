@@ -112,8 +112,16 @@ def test_the_key(limited):
 def test_head_is_get_without_the_body(limited, server):
     for path in ("/", "/health", "/v1/models", "/metrics"):
         head, get = server.ask("HEAD", path), server.get(path)
-        assert (head.status, head.body) == (200, "")
+        assert head.status == 200
         assert head.headers["Content-Type"] == get.headers["Content-Type"]
+        # On the wire, since the client looks for no body.
+        with socket.create_connection(("127.0.0.1", server.port)) as wire:
+            wire.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda wire=wire: wire.recv(4096), b""))
+        assert answer.endswith(b"\r\n\r\n")
+        assert answer.count(b"\r\n\r\n") == 1
+    logged = [json.loads(line) for line in server.log.read_text().splitlines() if '"HEAD"' in line]
+    assert {line["path"] for line in logged} >= {"/", "/health", "/v1/models", "/metrics"}
     assert limited.ask("HEAD", "/v1/models").status == 401
     assert server.ask("HEAD", "/nowhere").status == 404
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -426,13 +427,18 @@ def test_a_second_signal_acts_at_once(config):
 def test_damaged_data_end_a_run_whose_work_is_kept(config, tmp_path):
     whole = config(out=tmp_path / "whole")
     train(whole)
-    shard = next(whole.data.glob("train-*.tokens.npy"))
+    damaged = config(data=shutil.copytree(whole.data, tmp_path / "data"))
+    shard = next(damaged.data.glob("train-*.tokens.npy"))
     content = shard.read_bytes()
-    shard.write_bytes(content[:-2000] + b"\xff" * 2000)
+    shard.write_bytes(content[:-100] + b"\xff" * 100)
     with pytest.raises(InputError, match=r"are damaged: .* token 65535 of a vocabulary of 300.*--verify"):
-        train(config())
+        train(damaged)
+    done = max(losses_of(damaged.out))
+    assert 0 < done < 8
+    assert [r["step"] for r in records_of(damaged.out) if r["kind"] == "checkpoint"][-1] == done
+    assert weights_of(damaged.out, done)
     shard.write_bytes(content)
-    train(config())
-    got, wanted = (weights_of(out, 8) for out in (config().out, whole.out))
+    train(damaged)
+    got, wanted = (weights_of(out, 8) for out in (damaged.out, whole.out))
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
