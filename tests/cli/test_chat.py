@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
 from runs import write_model_folder
+
 from starlm.cli.chat import HELP
 from starlm.text import printable
 
