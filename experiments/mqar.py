@@ -25,6 +25,7 @@ from starlm.train.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results" / "mqar"
 VOCAB, TRAIN_ROWS, TEST_ROWS, POWER = 8192, 100_000, 3_000, 0.99
+EPOCHS = 64
 BATCH = {256: 256, 512: 128, 1024: 64}
 
 
@@ -99,7 +100,9 @@ def accuracy(model: StarLM, inputs: Tensor, labels: Tensor, pairs: int) -> float
 def run(args: argparse.Namespace, rate: float) -> None:
     """One model, one learning rate; skipped if its result is there."""
     length, pairs = args.size
-    path = RESULTS / f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}-seed{args.seed}.json"
+    shorter = "" if args.epochs == EPOCHS else f"-e{args.epochs}"
+    name = f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}{shorter}-seed{args.seed}"
+    path = RESULTS / f"{name}.json"
     if path.is_file():
         return
     inputs, labels = map(torch.from_numpy, examples(TRAIN_ROWS, length, pairs, seed=args.seed + 1))
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4.6e-4, 2.2e-3, 1e-2])
-    parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--batch", type=int, default=0, help="examples per update; 0 as published")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

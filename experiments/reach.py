@@ -15,7 +15,8 @@ from experiments.store import save
 from starlm.data.loader import sequential_rows
 from starlm.data.shards import Split, TokenData
 from starlm.evaluate.reads import BINS, LAYERS, GroupReads, Tally, watching
-from starlm.model.checkpoint import find_checkpoint, load_model
+from starlm.model.checkpoint import load_model
+from starlm.model.folder import find_checkpoint
 from starlm.model.model import StarLM
 from starlm.report.reads_plot import write_histograms
 

@@ -7,6 +7,7 @@ python -m experiments.tables lm --plot docs/lm.png --steps 1500
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -16,9 +17,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from starlm.report.plots import COLORS
 from starlm.train.config import OptimConfig
 
 RESULTS = Path(__file__).parent / "results"
+# What a chart calls a variant, where that is not its name.
+LABELS = {"transformer": "Transformer", "star-W": "star, DDW over 64", "star-W256": "star, DDW over 256"}
 Rows = list[dict[str, Any]]
 
 
@@ -125,25 +129,31 @@ def _line(*cells: str) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Validation loss over training tokens: a line per variant at its best rate, seeds in the same colour."""
+    """Validation loss over training tokens: a line per variant at its best rate, seeds in the same colour.
+
+    The highest end is named first.
+    """
+    best = [at_best_rate(runs) for runs in grouped(rows, "variant").values()]
+    best.sort(key=lambda runs: -statistics.mean(run["loss"] for run in runs))
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for number, ((variant,), runs) in enumerate(sorted(grouped(rows, "variant").items())):
-        runs = at_best_rate(runs)
+    for runs, color in zip(best, itertools.cycle(COLORS)):
+        name = runs[0]["variant"].removesuffix(f", {runs[0].get('precision')}")
         for run in runs:
             scale = run["tokens"] / run["steps"] / 1e6
             axes.plot(
                 [step * scale for step, _ in run["curve"]],
                 [loss for _, loss in run["curve"]],
-                color=f"C{number % 10}",
+                color=color,
                 marker="o",
                 markersize=3,
-                label=variant if run is runs[0] else None,
+                label=LABELS.get(name, name) if run is runs[0] else None,
             )
     axes.set_xlabel("million training tokens")
     axes.set_ylabel("validation loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from starlm.cli.main import main
 from starlm.data.tokenizer import Tokenizer
-from starlm.model.checkpoint import write_manifest, write_model
+from starlm.model.checkpoint import write_model
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import write_manifest
 from starlm.model.model import StarLM
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +51,9 @@ def test_python_blocks_print_what_they_say(block, capsys):
     assert capsys.readouterr().out.splitlines() == said
 
 
+@pytest.mark.usefixtures("_with_a_run")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_commands_parse(command, capsys):
     words = shlex.split(command)[1:]
     assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
 

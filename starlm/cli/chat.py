@@ -87,7 +87,7 @@ def run(options: ChatOptions, console: Console) -> dict[str, Any]:
         )
     from starlm.generate.chat import renderer
     from starlm.generate.text import load
-    from starlm.model.checkpoint import find_checkpoint
+    from starlm.model.folder import find_checkpoint
 
     model = load(options.model, device=options.device, dtype=options.dtype)
     render = renderer(find_checkpoint(options.model), model.tokenizer, options.conversation)

@@ -1,6 +1,7 @@
 """starlm data: from text to tokens on disk, and what is there."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,7 @@ class StatsOptions:
 def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     from starlm.data.documents import left_out
     from starlm.data.prepare import prepare
+    from starlm.model.folder import find_checkpoint
 
     sources = source_list(options.sources)
     with console.progress() as progress:
@@ -82,7 +84,13 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
         more = " ..." if len(passed_over) > 5 else ""
         console.say(f"Left out, for their names: {kinds}{more}. Plain text has to be called .txt to be read.")
-    console.say(f"Next: starlm train --preset demo --data {shlex.quote(str(options.out))} --out runs/mine")
+    model = "--preset demo"
+    if options.tokenizer is not None:
+        # Of a tokenizer alone there is no model to begin with.
+        with suppress(InputError):
+            find_checkpoint(options.tokenizer)
+            model = f"--init-from {shlex.quote(str(options.tokenizer))}"
+    console.say(f"Next: starlm train {model} --data {shlex.quote(str(options.out))} --out runs/mine")
     return asdict(report)
 
 

@@ -48,7 +48,7 @@ class Verb(Generic[O]):
     one_of: frozenset[str] = frozenset()
     """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
     follow: Callable[[O], Layer] | None = None
-    """Defaults that follow from other options, such as a model's vocabulary from its data."""
+    """Defaults that follow from other options, such as a model's vocabulary from its data; above a preset."""
     resumes: tuple[str, str] | None = None
     """An option that names a folder, and a TOML file there: it stands for --config, where neither that nor
     --preset is given."""
@@ -80,10 +80,12 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
 
 
 def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: Layer) -> tuple[O, Shared]:
-    """`resolve`, with a layer right above the verb's defaults."""
+    """`resolve`, with a layer right above the preset."""
     options = from_dict(verb.options, dict(verb.base), where="the defaults")
-    options = _overlay(verb, options, follow, "the defaults")
     preset, config = _value_of("--preset", argv), _value_of("--config", argv)
+    if preset is not None:
+        options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
+    options = _overlay(verb, options, follow, "the defaults")
     if verb.resumes and preset is None and config is None and not {"-h", "--help"} & set(argv):
         option, name = verb.resumes
         file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
@@ -91,8 +93,6 @@ def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: La
             # Where it was looked for, also if it has moved there from elsewhere.
             layer = {**read_toml(file), option: str(file.parent)}
             options = _overlay(verb, options, layer, str(file))
-    if preset is not None:
-        options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
     if config is not None:
         options = _overlay(verb, options, read_toml(Path(config)), config)
     names = _names(argv)

@@ -7,6 +7,8 @@ from starlm.cli.console import Console, duration
 from starlm.cli.options import Verb
 from starlm.cli.plan import training_plan
 from starlm.cli.presets import TRAIN
+from starlm.errors import InputError
+from starlm.settings import to_dict
 from starlm.train.config import TrainConfig
 
 
@@ -31,13 +33,22 @@ def say_result(result: dict[str, Any], console: Console) -> None:
 
 
 RERUN = "The last checkpoint is kept. Run the same command again to go on from it."
+RUN = "run.toml"
 HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
 
 
-def vocabulary_of_data(config: TrainConfig) -> dict[str, Any]:
-    """The layer that gives the model the vocabulary of its data, if they are there."""
+def model_of_run(config: TrainConfig) -> dict[str, Any]:
+    """The layer that makes the model the one that it begins from, or gives it its data's vocabulary."""
     from starlm.data.shards import META, TokenData
+    from starlm.model.folder import find_checkpoint, read_model_config
 
+    if config.init_from is not None:
+        try:
+            return {"model": to_dict(read_model_config(find_checkpoint(config.init_from)))}
+        except InputError:
+            # A run that is under way can do without.
+            if not (config.out / RUN).is_file():
+                raise
     if not (config.data / META).is_file():
         return {}
     return {"model": {"vocab_size": TokenData.open(config.data).vocab_size}}
@@ -49,8 +60,8 @@ VERBS = {
         run=run,
         presets=TRAIN,
         one_of=HORIZON,
-        follow=vocabulary_of_data,
-        resumes=("out", "run.toml"),
+        follow=model_of_run,
+        resumes=("out", RUN),
         plan=training_plan,
         rerun=RERUN,
     )

@@ -10,7 +10,7 @@ import torch
 
 from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError, StarLMError
-from starlm.model.checkpoint import find_checkpoint, verify
+from starlm.model.folder import find_checkpoint, verify
 
 
 def run_tasks(

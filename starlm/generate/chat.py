@@ -25,7 +25,7 @@ from starlm.generate.engine import Engine
 from starlm.generate.request import Piece, Request
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
-from starlm.model.checkpoint import read_json
+from starlm.model.folder import read_json
 
 TEMPLATE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant")

@@ -18,8 +18,9 @@ from starlm.errors import InputError
 from starlm.generate.engine import Engine
 from starlm.generate.request import Piece, Request
 from starlm.generate.sampling import Sampling
-from starlm.model.checkpoint import find_checkpoint, load_model
+from starlm.model.checkpoint import load_model
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import find_checkpoint
 from starlm.model.model import StarLM
 
 # Tokens of a prompt that are read in one call: enough to be efficient, few enough to bound the activations.

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from starlm.model.checkpoint import AUTO_MAP, check_untied, write_remote_code
+from starlm.model.checkpoint import AUTO_MAP, write_remote_code
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import check_untied
 from starlm.settings import from_dict, to_dict
 
 _FIELDS = tuple(field.name for field in fields(StarLMConfig))

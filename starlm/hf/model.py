@@ -21,7 +21,7 @@ from starlm.errors import InputError
 from starlm.hf.cache import StarLMCache
 from starlm.hf.config import StarLMHFConfig
 from starlm.hf.inputs import first_rows
-from starlm.model.checkpoint import MANIFEST
+from starlm.model.folder import MANIFEST
 from starlm.model.model import Backbone, Headed, StarLM
 from starlm.model.step import MODULES
 from starlm.nn.block import Block

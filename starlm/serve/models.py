@@ -10,7 +10,7 @@ from starlm.generate.chat import renderer, speaker
 from starlm.generate.engine import Engine
 from starlm.generate.request import Request
 from starlm.generate.text import TextModel, load
-from starlm.model.checkpoint import find_checkpoint
+from starlm.model.folder import find_checkpoint
 from starlm.serve.chat import Chat
 from starlm.serve.config import ServeOptions
 from starlm.serve.errors import APIError

@@ -82,6 +82,9 @@ class TrainConfig:
     """Folder that `starlm data prepare` wrote."""
     out: Path = Path("runs/base")
     """Run folder. If it holds a run already, that run goes on where it was."""
+    init_from: Path | None = None
+    """Run or checkpoint folder whose weights the run begins with, instead of random ones. The model is its
+    own, but for `context`, and the data need its tokenizer: `starlm data prepare --tokenizer`."""
     model: StarLMConfig = field(default_factory=StarLMConfig)
     """The model."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -24,11 +24,14 @@ from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.files import only_writer
 from starlm.generate.text import TextModel
+from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import find_checkpoint, read_model_config, verify
 from starlm.model.model import StarLM
+from starlm.settings import to_dict
 from starlm.train.config import TrainConfig
 from starlm.train.optim import Optimizers
-from starlm.train.run import Run
+from starlm.train.run import Run, differences
 from starlm.train.step import TrainingStep
 
 Record = dict[str, Any]
@@ -84,10 +87,15 @@ class _Session:
         self.tokenizer = Tokenizer.load(config.data)
         if self.tokenizer.vocab_size != config.model.vocab_size:
             vocab = self.tokenizer.vocab_size
+            cure = (
+                f"Set model.vocab_size to {vocab} or leave it out, or prepare other data."
+                if config.init_from is None
+                else f"Prepare the data with its tokenizer: starlm data prepare ... --tokenizer "
+                f"{config.init_from}"
+            )
             raise InputError(
                 f"The data in {config.data} has a vocabulary of {vocab} tokens, the model one of "
-                f"{config.model.vocab_size}. Set model.vocab_size to {vocab} or leave it out, or prepare "
-                f"other data."
+                f"{config.model.vocab_size}. {cure}"
             )
         self.start = self.done = run.last_step()
         if self.start > config.num_steps:
@@ -112,6 +120,26 @@ class _Session:
         self.fingerprint, self.seconds = self.data.splits["train"].fingerprint, 0.0
         if self.start:
             self._go_on()
+        elif config.init_from is not None:
+            self._begin_from(config.init_from)
+
+    def _begin_from(self, path: Path) -> None:
+        """Take over the weights of another model: the same one, but for the length of its rows."""
+        folder = find_checkpoint(path)
+        verify(folder)
+        theirs, ours = map(_settled, (read_model_config(folder), self.config.model))
+        if changed := differences(theirs, ours, "model."):
+            said = "; ".join(f"{name} is {a!r} there, {b!r} here" for name, a, b in changed)
+            raise InputError(
+                f"{folder} holds another model: {said}. Leave these settings out to take its own, or train a "
+                f"new model without init_from."
+            )
+        if Tokenizer.load(folder).fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"{folder} and the data in {self.config.data} have different tokenizers, so its weights mean "
+                f"other tokens. Prepare the data with its own: starlm data prepare ... --tokenizer {path}"
+            )
+        load_weights(self.model, folder)
 
     def _go_on(self) -> None:
         """Take over what the last checkpoint holds."""
@@ -137,6 +165,9 @@ class _Session:
             workers=config.workers,
         )
         self.model.train()
+        if not self.start and config.init_from is not None:
+            # What the weights know of this text before it is learned.
+            self._validate()
         if 0 < self.start < horizon:
             # Of a run that was killed behind its last checkpoint, and is longer now.
             self._look([record for record in self.run.records() if record.get("step") == self.start])
@@ -252,6 +283,13 @@ class _Session:
         self.run.record(record)
         self.on_record(record)
         return record
+
+
+def _settled(model: StarLMConfig) -> dict[str, Any]:
+    """The settings that models must share to share weights; what follows from others is written out."""
+    values = {**to_dict(model), "dim": model.width, "heads": model.num_heads}
+    del values["context"]
+    return values
 
 
 def _require_finite(loss: float, norm: float, step: int, run: Run) -> None:

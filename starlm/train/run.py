@@ -14,19 +14,8 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.device import has_bfloat16, pick_device
 from starlm.errors import InputError
 from starlm.files import readable_os_errors, sync, whole_folder, write_whole
-from starlm.model.checkpoint import (
-    TRAINING,
-    load_tensors,
-    load_weights,
-    read_json,
-    save_tensors,
-    step_of,
-    steps,
-    verify,
-    write_json,
-    write_manifest,
-    write_model,
-)
+from starlm.model.checkpoint import load_tensors, load_weights, save_tensors, write_model
+from starlm.model.folder import TRAINING, read_json, step_of, steps, verify, write_json, write_manifest
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
 from starlm.train.config import Precision, TrainConfig
@@ -71,7 +60,7 @@ class Run:
             self.config = replace(self.config, precision=old.precision)
         changed = [
             f"{name} was {a!r}, is {b!r}"
-            for name, a, b in _differences(to_dict(old), to_dict(self.config))
+            for name, a, b in differences(to_dict(old), to_dict(self.config))
             if name not in FREE
         ]
         if changed:
@@ -87,7 +76,7 @@ class Run:
         # The settings first: a folder without them is not taken for a run.
         write_whole(self.folder / "run.toml", to_toml(self.config).encode())
         tokenizer.save(self.folder / "tokenizer.json")
-        again = {"plan", "end"} | ({"validation", "sample"} if step == self.config.num_steps else set())
+        again = {"plan", "end"} | ({"validation", "sample"} if step in (0, self.config.num_steps) else set())
         records = ((record, record.get("step", 0)) for record in self.records())
         kept = [r for r, at in records if at < step or (at == step and r["kind"] not in again)]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
@@ -184,11 +173,12 @@ def read_config(folder: Path) -> TrainConfig:
     return from_dict(TrainConfig, read_toml(path), where=str(path))
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted names of the settings in `new` that are others in `old`, and both values."""
     found = []
     for key, value in new.items():
         if isinstance(value, dict):
-            found += _differences(old[key], value, f"{prefix}{key}.")
+            found += differences(old[key], value, f"{prefix}{key}.")
         elif old[key] != value:
             found.append((prefix + key, old[key], value))
     return found

@@ -3,8 +3,9 @@
 import torch
 
 from starlm.data.tokenizer import Tokenizer
-from starlm.model.checkpoint import write_manifest, write_model
+from starlm.model.checkpoint import write_model
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import write_manifest
 from starlm.model.model import StarLM
 
 

@@ -9,10 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from runs import write_model_folder
 
 from starlm.cli.main import VERBS
 from starlm.cli.presets import DEMO, TRAIN
 from starlm.cli.train import VERBS as TRAIN_VERBS
+from starlm.data.tokenizer import Tokenizer
 from starlm.model.config import StarLMConfig
 from starlm.settings import from_dict
 from starlm.train.config import TrainConfig
@@ -150,6 +152,22 @@ def test_the_model_has_the_vocabulary_of_its_data_unless_told(command, resolved)
     assert resolved("--config", "a.toml")["model"]["vocab_size"] == 7
     assert resolved("--config", "a.toml", "--model.vocab-size", "8")["model"]["vocab_size"] == 8
     assert resolved("--data", "none")["model"]["vocab_size"] == 4096
+
+
+def test_the_model_is_that_which_a_run_begins_with(command, resolved):
+    write_model_folder(Path("old").absolute(), layers="DW")
+    size = Tokenizer.load("old").vocab_size
+    for words in ((), ("--preset", "small")):
+        model = resolved("--init-from", "old", *words)["model"]
+        assert (model["vocab_size"], model["dim"], model["layers"], model["context"]) == (size, 32, "DW", 512)
+    assert resolved("--init-from", "old", "--model.context", "64")["model"]["context"] == 64
+    assert resolved("--init-from", "old", "--model.depth", "9")["model"]["depth"] == 9
+    missing = command("train", "--init-from", "none", "--dry-run")
+    assert (missing.code, "There is no model at none" in missing.err) == (2, True)
+    # A run that is under way needs it no longer.
+    Path("run").mkdir()
+    Path("run/run.toml").write_text('init_from = "none"\n[model]\ndepth = 3\n')
+    assert resolved("--out", "run")["model"]["depth"] == 3
 
 
 @pytest.mark.parametrize("name", TRAIN)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from runs import write_model_folder
 
 from starlm.cli.generate import GenerateOptions
 from starlm.cli.tokenizer import visible
@@ -116,6 +117,11 @@ def test_data_prepare_with_a_tokenizer_that_is_there(command):
     done = command("data", "prepare", "text", "--out", "d", "--tokenizer", "t.json", "--json")
     assert done.code == 0, done.err
     assert Tokenizer.load("d").fingerprint == tokenizer.fingerprint
+    assert "Next: starlm train --preset demo --data d " in done.err
+    # With that of a model it is data to go on with.
+    write_model_folder(Path("old model").absolute())
+    done = command("data", "prepare", "text", "--out", "e", "--tokenizer", "old model")
+    assert "Next: starlm train --init-from 'old model' --data e --out runs/mine" in done.out
 
 
 def test_data_prepare_of_the_embedded_corpus(command, fake_data):

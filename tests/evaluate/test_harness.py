@@ -9,8 +9,9 @@ import torch
 from starlm.cli.main import main
 from starlm.data.tokenizer import Tokenizer
 from starlm.files import whole_folder
-from starlm.model.checkpoint import write_manifest, write_model
+from starlm.model.checkpoint import write_model
 from starlm.model.config import StarLMConfig
+from starlm.model.folder import write_manifest
 from starlm.model.model import StarLM
 
 # What the harness and the libraries under it warn of when they are imported.

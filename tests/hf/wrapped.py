@@ -5,7 +5,8 @@ from models import BOUNDED, KINDS, make_model
 from starlm.data.tokenizer import Tokenizer
 from starlm.files import whole_folder
 from starlm.hf import StarLMForCausalLM, StarLMHFConfig
-from starlm.model.checkpoint import write_manifest, write_model
+from starlm.model.checkpoint import write_model
+from starlm.model.folder import write_manifest
 from starlm.settings import to_dict
 
 ALL = {**KINDS, **BOUNDED}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from starlm.model.checkpoint import load_model, steps, verify
+from starlm.model.checkpoint import load_model
+from starlm.model.folder import steps, verify
 from starlm.settings import to_toml
 
 KILLS, STEPS = 20, 90

@@ -9,7 +9,8 @@ import torch
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError, StarLMError
-from starlm.model.checkpoint import load_model, verify
+from starlm.model.checkpoint import load_model
+from starlm.model.folder import verify
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml
 from starlm.train.config import TrainConfig
