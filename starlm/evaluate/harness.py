@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness, on the model as transformers has it."""
 
 import logging
+import socket
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ def run_tasks(
     """The numbers of each task, by name of the measure.
 
     Contexts are cut on the left to the model's `context`, as they were in training, and begin with <|bos|>.
+    A task that does not say how many tokens to generate gets 256, but at most half of `context`.
 
     Args:
         model: run or checkpoint folder.
@@ -47,10 +49,10 @@ def run_tasks(
             f"Install StarLM with its extra: pip install -e '.[eval]'"
         )
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.manager import TaskManager
     from transformers import AutoTokenizer
 
+    from starlm.evaluate.windows import Windows
     from starlm.hf import StarLMForCausalLM
 
     place = pick_device(device)
@@ -67,12 +69,11 @@ def run_tasks(
     wrapper: Any = StarLMForCausalLM.from_pretrained(folder)
     # It warns of whatever it chooses by itself.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness = HFLM(
+    harness = Windows(
         wrapper.to(place),  # type: ignore[call-arg]
         tokenizer=AutoTokenizer.from_pretrained(folder),
         backend="causal",
         batch_size=rows,
-        add_bos_token=True,
         mixed_precision_dtype=torch.bfloat16 if bfloat16 else None,
     )
     try:
@@ -80,12 +81,24 @@ def run_tasks(
             harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
         )
     except Exception as error:
-        text = " ".join(str(error).split())[:500]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500].rstrip(".: ")
         raise StarLMError(
-            f"lm-evaluation-harness could not run {', '.join(tasks)}: {type(error).__name__}: {text}. "
-            f"Without a network, a task must read its data from files."
+            f"lm-evaluation-harness could not run {', '.join(tasks)}: {text}.{_cure(error)}"
         ) from error
     return {task: _numbers(measures) for task, measures in found["results"].items()}
+
+
+def _cure(error: BaseException) -> str:
+    """What to do about an error of the harness, where it is known; begins with a blank."""
+    if "max tokens to generate" in str(error):
+        return " Write a smaller max_gen_toks into the task's generation_kwargs."
+    cause: BaseException | None = error
+    while cause is not None:
+        unreachable = isinstance(cause, ConnectionError | TimeoutError | socket.gaierror)
+        if unreachable or (isinstance(cause, FileNotFoundError) and "://" in str(cause)):
+            return " Without a network, a task must read its data from files."
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _numbers(measures: dict[str, Any]) -> dict[str, float]:
