@@ -2,89 +2,13 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
-from playwright import sync_api as playwright
-from servers import ENDLESS, wait_for
+from playwright.sync_api import expect
+from servers import wait_for
+from visits import answers, box, done, never_ends, send, texts
 
-expect = playwright.expect
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as p:
-        found = next(
-            (path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None
-        )
-        if found is None and Path(p.chromium.executable_path).is_file():
-            found = p.chromium.executable_path
-        if found is None:
-            pytest.skip("no Chromium: install one (apt install chromium, or playwright install chromium)")
-        args = ["--no-sandbox", "--disable-background-networking"]
-        browser = p.chromium.launch(executable_path=found, args=args)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def new_page(chromium, server):
-    """Opens the chat as a new visitor; fails on any error in the page or request to elsewhere."""
-    contexts, wrong = [], []
-
-    def open_page(width=1200, height=760, at=server, **options):
-        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if "Content Security" in said.text else None)
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith((at.url, "blob:", "data:")) else wrong.append(r.url),
-        )
-        # Random models: short answers, and always the same.
-        context.add_init_script(
-            "if (!localStorage.getItem('starlm.settings')) localStorage.setItem('starlm.settings', "
-            "JSON.stringify({max_tokens: 60, seed: 4, markdown: false}))"
-        )
-        page.goto(f"{at.url}/")
-        expect(page.get_by_label("Model")).to_have_value("tiny")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-@pytest.fixture
-def page(new_page):
-    return new_page()
-
-
-def box(page):
-    return page.get_by_role("textbox", name="Message", exact=True)
-
-
-def send(page, text):
-    box(page).fill(text)
-    box(page).press("Enter")
-
-
-def done(page):
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-    expect(page.locator(".busy")).to_have_count(0)
-
-
-def answers(page):
-    return page.get_by_role("article", name="Assistant")
-
-
-def texts(page):
-    return page.locator(".turn .body").all_text_contents()
 
 
 def test_send_and_stream(page, server):
@@ -105,10 +29,7 @@ def test_send_and_stream(page, server):
 
 
 def test_stop(page, server):
-    # The page has no way to say so, and the model would end one answer in some thousand tokens.
-    url = "**/v1/chat/completions"
-    page.route(url, lambda r: r.continue_(post_data=json.dumps({**r.request.post_data_json, **ENDLESS})))
-    page.evaluate("settings.max_tokens = 100000; settings.seed = ''; settings.temperature = 1")
+    never_ends(page)
     send(page, "never end")
     expect(answers(page).locator(".body")).not_to_be_empty()
     page.get_by_role("button", name="Stop").click()
