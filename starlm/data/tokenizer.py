@@ -108,9 +108,11 @@ class Tokenizer:
                 not enough pairs that occur twice.
 
         Raises:
-            InputError: `vocab_size` is below 265.
+            InputError: `vocab_size` is below 265, or `texts` is a text itself.
         """
         check_vocab_size(vocab_size)
+        if isinstance(texts, str | bytes):
+            raise InputError(f"Give texts, as in [text], to train on; got one {type(texts).__name__}.")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [

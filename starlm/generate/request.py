@@ -39,6 +39,11 @@ class Request:
             if not ok:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
+        if isinstance(self.tokens, str) or not all(isinstance(token, Integral) for token in self.tokens):
+            raise InputError(
+                f"tokens must be a sequence of token ids, whole numbers: those of TextModel.prompt(text), or "
+                f"tensor.tolist(); got {self.tokens!r:.80}."
+            )
         if not len(self.tokens):
             raise InputError("tokens must not be empty: a text begins with <|bos|>.")
         require(_is_count(self.max_tokens), "a whole number, 0 or more", "max_tokens")

@@ -36,7 +36,7 @@ class StarLMBlock(GradientCheckpointingLayer, Block):
 
 
 # A step in one piece does what they do: `GradientCheckpointingLayer` is for training.
-MODULES.add(StarLMBlock)
+MODULES[StarLMBlock] = StarLMBlock.forward
 
 
 class StarLMModel(Backbone, PreTrainedModel):

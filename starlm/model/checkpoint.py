@@ -81,6 +81,9 @@ def write_remote_code(folder: Path) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Two names for one tensor, such as a head that somebody has tied to the embedding, are two in a file.
+    owners = {tensor.data_ptr(): name for name, tensor in contiguous.items()}
+    contiguous = {n: t if owners[t.data_ptr()] == n else t.clone() for n, t in contiguous.items()}
     # The library makes a file for its owner alone; one of ours has what the umask gives to all others too.
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)

@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, head."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,11 @@ from starlm.nn.block import Block, through
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import LONGEST, MATCH
+from starlm.nn.linear import is_bare
 from starlm.nn.mlp import MLP
+from starlm.nn.state import LayerState
 from starlm.ops import anchors, longest
-from starlm.ops.cross_entropy import cross_entropy
+from starlm.ops.cross_entropy import cross_entropy, cross_entropy_of
 from starlm.ops.deform import check_rows
 
 
@@ -48,20 +51,29 @@ class Backbone(nn.Module):
                 model.
         """
         self._check(tokens, first, state)
-        reach = first
-        if state is not None:
-            if embedded is None and _keeps(self, "_origins"):
-                stepped = step(self, tokens, first, state, logits=False)
-                if stepped is not None:
-                    return stepped
+        if state is None:
+            return self._through(tokens, embedded, first, None, [None] * len(self.blocks))
+        if embedded is None and _keeps(self, "_origins"):
+            stepped = step(self, tokens, first, state, logits=False)
+            if stepped is not None:
+                return stepped
+        with state.working():
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
-        origins = self._origins(tokens, reach, state)
-        x = _rows_of(self.embedding, tokens) if embedded is None else embedded
-        layers = [None] * len(self.blocks) if state is None else state.layers(first)
-        x = through(self.blocks, x, layers, first=reach, origins=origins)
-        if state is not None:
+            x = self._through(tokens, embedded, reach, state, state.layers(first))
             state.advance(tokens.shape[1], first)
         return x
+
+    def _through(
+        self,
+        tokens: Tensor,
+        embedded: Tensor | None,
+        first: Tensor | None,
+        state: DecodeState | None,
+        layers: Sequence[LayerState | None],
+    ) -> Float[Tensor, "B T D"]:
+        origins = self._origins(tokens, first, state)
+        x = _rows_of(self.embedding, tokens) if embedded is None else embedded
+        return through(self.blocks, x, layers, first=first, origins=origins)
 
     def new_state(
         self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None
@@ -81,10 +93,7 @@ class Backbone(nn.Module):
         if rollback < 0:
             raise InputError(f"rollback must be 0 or more; got {rollback}.")
         place = None if rows_device is None else torch.device(rows_device)
-        return DecodeState(
-            Slot(len(self.blocks), rollback=rollback, orders=self.orders, rows_device=place)
-            for _ in range(batch)
-        )
+        return DecodeState(Slot(self.layout(), rollback=rollback, rows_device=place) for _ in range(batch))
 
     def _origins(
         self, tokens: Tensor, first: Tensor | None, state: DecodeState | None
@@ -102,18 +111,35 @@ class Backbone(nn.Module):
             origins[LONGEST] = longest(origins)
         return origins
 
+    def layout(self) -> tuple:
+        """What a decode state depends on: n of the n-grams, and of each layer what its rows are like."""
+        # For every token: past the look-ups of nn.Module, which take most of the time.
+        mixers = [block._modules["mixer"] for block in self.blocks._modules.values() if block is not None]
+        return tuple(self.orders), *((type(m).__name__, getattr(m, "row_layout", ())) for m in mixers)
+
     def _check(self, tokens: Tensor, first: Tensor | None, state: DecodeState | None) -> None:
         """Refuse what kernels, which do not look, would take for something else."""
-        if tokens.dim() != 2:
-            raise InputError(f"Token ids must be [B, T]; got the shape {tuple(tokens.shape)}.")
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise InputError(
+                f"Token ids must be integers [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}."
+            )
         check_rows("StarLM", "first", first, tuple(tokens.shape))
         if state is None:
             return
-        if state.batch != tokens.shape[0] or state.num_layers != len(self.blocks):
+        if state.batch != tokens.shape[0]:
             raise InputError(
-                f"The decode state has {state.batch} slots and {state.num_layers} layers; the tokens have "
-                f"batch {tokens.shape[0]}, the model {len(self.blocks)} layers. Use model.new_state(batch)."
+                f"The decode state has {state.batch} slots, the tokens have batch {tokens.shape[0]}. Use "
+                f"model.new_state(batch)."
             )
+        layout = self.layout()
+        for slot in state.slots:
+            if slot.layout != layout:
+                pairs = zip_longest(slot.layout, layout)
+                there, here = next((there, here) for there, here in pairs if there != here)
+                raise InputError(
+                    f"The decode state is that of another model, or a layer has changed since: {there} there "
+                    f"and {here} here. Use model.new_state(batch)."
+                )
 
 
 class Headed(Backbone):
@@ -203,9 +229,13 @@ class StarLM(Headed):
                 f"Each token needs one target, that which follows it; got tokens {tuple(tokens.shape)} and "
                 f"targets {tuple(targets.shape)}. Give text[:, :-1] and text[:, 1:]."
             )
-        hidden = self.hidden(tokens, first=first).flatten(0, 1)
-        cap = self.config.softcap
-        loss = cross_entropy(hidden, self.head.weight, targets.flatten(), softcap=cap, reduction=reduction)
+        hidden, wanted = self.hidden(tokens, first=first), targets.flatten()
+        if _keeps(self, "logits") and is_bare(self.head):
+            cap = self.config.softcap
+            weight, rows = self.head.weight, hidden.flatten(0, 1)
+            loss = cross_entropy(rows, weight, wanted, softcap=cap, reduction=reduction)
+        else:
+            loss = cross_entropy_of(self.logits(hidden).flatten(0, 1), wanted, reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def state_bytes(self, num_tokens: int) -> int:

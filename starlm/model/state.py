@@ -1,8 +1,10 @@
 """The decode state: everything that a model remembers of the tokens it has read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,18 +69,25 @@ class Slot:
     """What is remembered of one sequence: rows per layer, and the index of its n-grams."""
 
     def __init__(
-        self, num_layers: int, *, rollback: int, orders: Sequence[int], rows_device: torch.device | None
+        self, layout: tuple, *, rollback: int, rows_device: torch.device | None, indexed: bool = True
     ) -> None:
-        """Args: see `StarLM.new_state`; orders: n of the n-grams that heads are anchored to."""
-        self.length = 0
+        """Args: see `StarLM.new_state`.
+
+        layout: `Backbone.layout`.
+        indexed: make the index of n-grams, where there are any.
+        """
+        self.length, self.layout = 0, layout
+        # Whether a call of the model works on it, or a copy is made.
+        self.busy = False
         # (row, first) for each row from which on tokens read another `first` than those before: crop falls
         # back to the one before. The tokens before any of them read from row 0.
         self.starts: list[tuple[int, int]] = []
-        self.layers = [Streams(rollback) for _ in range(num_layers)]
+        orders, *layers = layout
+        self.layers = [Streams(rollback) for _ in layers]
         self.rollback, self.rows_device = rollback, rows_device
         self.places: Places | None = None
         self.index = None
-        if orders:
+        if orders and indexed:
             from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
 
             self.index = NgramIndex(orders)
@@ -123,7 +132,7 @@ class Slot:
             return places
         self.places = None
         table = np.zeros((len(mixers), max(len(mixer.streams) for mixer in mixers), 3, 3), np.int64)
-        row_0 = torch.zeros(1, 1, dtype=torch.int64)
+        row_0 = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         for mixer, streams, of_layer in zip(mixers, self.layers, table, strict=True):
             layer = LayerState([streams], [self.length])
             for stream, place in zip(mixer.streams, of_layer, strict=False):
@@ -137,7 +146,7 @@ class Slot:
 
     def copy(self, length: int) -> "Slot":
         """An independent copy of the first `length` tokens, which a crop could leave."""
-        other = Slot(len(self.layers), rollback=self.rollback, orders=(), rows_device=self.rows_device)
+        other = Slot(self.layout, rollback=self.rollback, rows_device=self.rows_device, indexed=False)
         other.layers = [layer.copy(length) for layer in self.layers]
         other.starts, other.length = list(self.starts), self.length
         other.index = self.index.copy() if self.index else None
@@ -150,7 +159,7 @@ class DecodeState:
 
     `model(tokens, state=state)` appends tokens to every slot and moves the state on; the logits are those of
     one full forward. Slots may have different lengths. `pick` and `join` share slots, so any choice of slots
-    runs in one call; `crop` moves a pointer; `fork` and `reorder` copy.
+    runs in one call; `crop` moves a pointer; `fork` and `reorder` copy. A slot is for one thread at a time.
 
     Example:
         >>> from starlm import StarLM, StarLMConfig
@@ -190,11 +199,6 @@ class DecodeState:
     def lengths(self) -> list[int]:
         """Tokens in each slot."""
         return [slot.length for slot in self.slots]
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return len(self.slots[0].layers)
 
     @property
     def num_bytes(self) -> int:
@@ -269,6 +273,28 @@ class DecodeState:
         for slot in self.slots:
             slot.length += length
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within, the slots are this thread's: what works on one is compiled code that looks at no lock.
+
+        Raises:
+            InputError: another thread works on one of them.
+        """
+        mine = []
+        try:
+            for slot in self.slots:
+                if slot.busy:
+                    raise InputError(
+                        "Another thread works on this decode state. Let them take turns, or give each a copy "
+                        "(state.fork())."
+                    )
+                slot.busy = True
+                mine.append(slot)
+            yield
+        finally:
+            for slot in mine:
+                slot.busy = False
+
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Forget all but the first `lengths` tokens of each slot (one number for all, or one each).
 
@@ -276,12 +302,14 @@ class DecodeState:
             InputError: more tokens than there are, or, with `max_shift`, more than `rollback` given back.
         """
         wanted = self._lengths(lengths)
-        for slot, keep in zip(self.slots, wanted, strict=True):
-            slot.crop(keep)
+        with self.working():
+            for slot, keep in zip(self.slots, wanted, strict=True):
+                slot.crop(keep)
 
     def reorder(self, slots: Sequence[int]) -> "DecodeState":
         """A copy whose slot i is this state's slot slots[i]; slots may repeat (beam search, n samples)."""
-        return DecodeState(self.slots[slot].copy(self.slots[slot].length) for slot in slots)
+        with self.working():
+            return DecodeState(self.slots[slot].copy(self.slots[slot].length) for slot in slots)
 
     def fork(self, copies: int = 1, *, lengths: int | Sequence[int] | None = None) -> "DecodeState":
         """An independent copy; each slot `copies` times in a row.
@@ -294,15 +322,18 @@ class DecodeState:
         """
         wanted = self.lengths if lengths is None else self._lengths(lengths)
         pairs = zip(self.slots, wanted, strict=True)
-        return DecodeState(slot.copy(keep) for slot, keep in pairs for _ in range(copies))
+        with self.working():
+            return DecodeState(slot.copy(keep) for slot, keep in pairs for _ in range(copies))
 
-    def _lengths(self, lengths: int | Sequence[int]) -> list[int]:
+    def _lengths(self, lengths: Any) -> list[int]:
         """One length per slot, all of them possible for a crop."""
-        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
-        if len(wanted) != self.batch:
+        given = list(lengths) if isinstance(lengths, Sequence) else [lengths] * self.batch
+        if len(given) != self.batch or not all(isinstance(keep, Integral) for keep in given):
             raise InputError(
-                f"A decode state of {self.batch} slots needs as many lengths, or one for all; got {wanted}."
+                f"A decode state of {self.batch} slots needs as many whole lengths, or one for all; got "
+                f"{given}."
             )
+        wanted = [int(keep) for keep in given]
         for number, (slot, keep) in enumerate(zip(self.slots, wanted, strict=True)):
             if not 0 <= keep <= slot.length:
                 raise InputError(f"Cannot crop slot {number} to {keep} tokens: it has {slot.length}.")

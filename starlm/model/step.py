@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from starlm.model.graph import Graphs
 from starlm.model.program import MOST_ROWS, Program
@@ -22,6 +23,7 @@ from starlm.nn.attention import Attention
 from starlm.nn.block import Block
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import LONGEST
+from starlm.nn.linear import is_bare
 from starlm.nn.mlp import MLP
 from starlm.ops.anchors import longest
 from starlm.ops.backends import has_kernels
@@ -30,8 +32,10 @@ from starlm.ops.plain import is_plain
 if TYPE_CHECKING:
     from starlm.model.model import Backbone
 
-# Of what a model must be made; starlm.hf adds its own blocks.
-MODULES: set[type[nn.Module]] = {nn.Embedding, nn.ModuleList, nn.Linear, Block, Deformer, MLP, Attention}
+# Of what a model must be made, and what these do when called; starlm.hf adds its own blocks.
+MODULES: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward for kind in (nn.Embedding, nn.ModuleList, nn.Linear, Block, Deformer, MLP, Attention)
+}
 
 
 def step(
@@ -57,15 +61,16 @@ def step(
     if first is not None:
         first = first.cpu()
     starts = np.array([slot.first for slot in state.slots] if first is None else first[:, 0].tolist())
-    table = state.step_table(parts.mixers, model.embedding.weight, parts.layout, starts)
-    if table is None:
-        return None
-    origin = np.empty((len(tokens), 0), np.int64)
-    if parts.orders:
-        origin = parts.of_heads(state.anchors(tokens, starts[:, None])[:, 0])
-    run = parts.stepper.logits if logits else parts.stepper.hidden
-    result = run(model, StepInputs(tokens, table, origin))
-    state.advance(1, first)
+    with state.working():
+        table = state.step_table(parts.mixers, model.embedding.weight, parts.layout, starts)
+        if table is None:
+            return None
+        origin = np.empty((len(tokens), 0), np.int64)
+        if parts.orders:
+            origin = parts.of_heads(state.anchors(tokens, starts[:, None])[:, 0])
+        run = parts.stepper.logits if logits else parts.stepper.hidden
+        result = run(model, StepInputs(tokens, table, origin))
+        state.advance(1, first)
     return result
 
 
@@ -143,7 +148,9 @@ class Parts:
 
     def are_hooked(self) -> bool:
         """Whether somebody hooks into a module, or has given it another `forward`, and wants to be called."""
-        return any(self._hooks) or any("forward" in own for own in self._vars)
+        if any(self._hooks) or has_global_hooks() or any("forward" in own for own in self._vars):
+            return True
+        return any(kind.forward is not known for kind, known in MODULES.items())
 
     def of_heads(self, found: Int[np.ndarray, "B N"]) -> Int[np.ndarray, "B A"]:
         """The anchors of anchored heads, of those for each n that the model has."""
@@ -178,13 +185,13 @@ class Parts:
 def _agree(mixers: list[Mixer], known: list[int]) -> bool:
     """Whether all layers can have the same anchors, n of which are `known`, and the same positions."""
     anchors = {tuple(m.orders) for m in mixers if isinstance(m, Deformer) and m.orders}
-    turns = {(m.query.out_features // m.heads, m.rope_base) for m in mixers if isinstance(m, Attention)}
+    turns = {(m.dim // m.heads, m.rope_base) for m in mixers if isinstance(m, Attention)}
     return len(anchors) < 2 and len(turns) < 2 and all(n in known for n in chain(*anchors))
 
 
 def _plain_head(head: Any, like: Tensor) -> Tensor | None:
     """The weight of a head that is nothing more than its weight, in the dtype and place of the others."""
-    if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
+    if not isinstance(head, nn.Module) or not is_bare(head) or type(head.weight) is not nn.Parameter:
         return None
     weight = head.weight
     same = weight.dtype == like.dtype and weight.device == like.device and weight.is_contiguous()
@@ -224,6 +231,8 @@ def _wanted(device: torch.device, rows: int) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_plain()
+        # A mode that counts or replaces operators sees none in one piece.
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.is_autocast_enabled(device.type)
         and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

@@ -32,7 +32,7 @@ class Attention(nn.Module):
             decoding keeps this many rows.
         """
         super().__init__()
-        self.heads, self.rope_base, self.window = heads, rope_base, window
+        self.dim, self.heads, self.rope_base, self.window = dim, heads, rope_base, window
         self.query, self.key, self.value = linear(dim, dim), linear(dim, dim), linear(dim, dim)
         self.out = linear(dim, dim)
         self.reset_parameters()
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     @property
     def row_layout(self) -> tuple:
         """As `Deformer.row_layout`."""
-        return self.query.out_features, self.heads, self.rope_base, self.window
+        return self.dim, self.heads, self.rope_base, self.window
 
     def make_room(
         self, stream: str, like: Tensor, first: Int[Tensor, "B 1"] | None, state: LayerState
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         Args:
             stream: the only one of `streams`.
         """
-        row = like.new_empty(0, self.heads, self.query.out_features // self.heads)
+        row = like.new_empty(0, self.heads, self.dim // self.heads)
         found = [state.make_room(name, self._keep, row, first) for name in ("key", "value")]
         keys, values = found
         if keys is None or values is None:
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         Args:
             place: of the keys of each slot, as `make_room` says.
         """
-        half = self.query.out_features // self.heads // 2 if self.rope_base else 0
+        half = self.dim // self.heads // 2 if self.rope_base else 0
         # Both rows are counted from the same one.
         _, past, first = place
         angle = _angles((past - first).clamp(min=0), half, self.rope_base)
@@ -130,17 +130,17 @@ class Attention(nn.Module):
         """Add to the code of a step: x += what `forward` makes of rms(x), as number `layer` of a model."""
         from starlm.ops.cpu_product import ADD  # numba takes half a second to import
 
-        width = self.query.out_features
+        width = self.dim
 
         def project(name: str) -> "Row":
-            out = code.row(name, width)
-            code.product(code.x, getattr(self, name).weight, out, normalise=True)
+            weights, out = getattr(self, name), code.row(name, width)
+            code.product(code.x, weights.weight, out, bias=weights.bias, normalise=True)
             return out
 
         query, key, value = map(project, ("query", "key", "value"))
         read = code.row("read", width)
         code.attend(query, key, value, read, layer=layer, heads=self.heads, window=self.window)
-        code.product(read, self.out.weight, code.x, then=ADD)
+        code.product(read, self.out.weight, code.x, bias=self.out.bias, then=ADD)
 
 
 def _attend(

@@ -15,6 +15,7 @@ from starlm.nn.linear import init_matrix, linear
 from starlm.nn.state import LayerState, NoState, Reserved
 from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
+from starlm.ops.deform import check_rows
 from starlm.ops.elementwise import rms
 from starlm.ops.mix import mix
 from starlm.ops.plain import is_plain
@@ -199,7 +200,8 @@ class Deformer(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise InputError(f"This Deformer mixes [B, T, {self.dim}]; got the shape {tuple(x.shape)}.")
         if not isinstance(state, Reserved):
-            self._check_origins(origins)
+            check_rows("Deformer", "first", first, tuple(x.shape[:2]))
+            self._check_origins(origins, tuple(x.shape[:2]))
         where = first, origins or {}, state
         if self.preset == "product":
             q = self._read("query", self.query(x), self.query_shift(x), None, *where)
@@ -226,9 +228,9 @@ class Deformer(nn.Module):
             return
         gate = None if self.preset == "value" else project("gate")
         code.read(project("value"), project("shift"), gate, read, stream=0, **layout)
-        code.product(read, self.out.weight, code.x, then=ADD)
+        code.product(read, self.out.weight, code.x, bias=self.out.bias, then=ADD)
 
-    def _check_origins(self, origins: Mapping[int, Tensor] | None) -> None:
+    def _check_origins(self, origins: Mapping[int, Tensor] | None, shape: tuple[int, ...]) -> None:
         missing = set(self.orders) - set(origins or ())
         if missing:
             raise InputError(
@@ -236,6 +238,8 @@ class Deformer(nn.Module):
                 f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors, and for n = 0, "
                 f"the longest match, with starlm.ops.longest from those."
             )
+        for n in dict.fromkeys(self.orders):
+            check_rows("Deformer", f"origins[{n}]", (origins or {})[n], shape)
 
     def _read(
         self,
@@ -387,7 +391,7 @@ class Deformer(nn.Module):
         Raises:
             InputError: as for `forward`.
         """
-        self._check_origins(origins)
+        self._check_origins(origins, tuple(x.shape[:2]))
         own = torch.arange(past, past + x.shape[1], device=x.device)[None, :, None]
         if self.preset == "product":
             projections = {"query": self.query_shift, "key": self.key_shift}

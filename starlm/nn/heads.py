@@ -43,8 +43,13 @@ def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[st
         kinds: pattern, repeated over the heads; empty for the preset's own.
 
     Raises:
-        InputError: no such kind.
+        InputError: no such kind, or more than there are heads.
     """
+    if isinstance(kinds, str) or len(kinds) > heads:
+        raise InputError(
+            f"kinds must be a sequence of at most one kind per head, which are {heads}; got {kinds!r}. Give "
+            f"more heads, or fewer kinds."
+        )
     pattern = tuple(kinds) or (STAR if preset == "star" else ("now",))
     chosen = [pattern[head % len(pattern)] for head in range(heads)]
     return tuple(sorted(chosen, key=lambda kind: (kind == "box", kind != "now", order_of(kind) or 0)))

@@ -14,6 +14,15 @@ def linear(fan_in: int, fan_out: int, **place: Any) -> nn.Linear:
     return nn.Linear(fan_in, fan_out, bias=False, **place)
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing more: a dense layer without a bias, adapter or hook.
+
+    What asks may take the weight itself, in place of calling the layer.
+    """
+    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is nn.Linear and layer.bias is None and not hooked
+
+
 def init_matrix(layer: nn.Linear) -> None:
     """Start at std 1/sqrt(fan_in) * min(1, sqrt(fan_out/fan_in)) (spectral scaling, arXiv 2310.17813)."""
     fan_out, fan_in = layer.weight.shape

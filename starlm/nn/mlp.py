@@ -34,5 +34,5 @@ class MLP(nn.Module):
         from starlm.ops.cpu_product import ADD, RELU2  # numba takes half a second to import
 
         hidden = code.row("mlp", len(self.up.weight))
-        code.product(code.x, self.up.weight, hidden, normalise=True, then=RELU2)
-        code.product(hidden, self.down.weight, code.x, then=ADD)
+        code.product(code.x, self.up.weight, hidden, bias=self.up.bias, normalise=True, then=RELU2)
+        code.product(hidden, self.down.weight, code.x, bias=self.down.bias, then=ADD)

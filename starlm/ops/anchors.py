@@ -25,7 +25,7 @@ def anchors(
     Both occurrences lie at or after `first`, so a packed document sees what it would see alone.
 
     Args:
-        tokens: token ids, 0 or more.
+        tokens: token ids; those below 0 are tokens like others.
         orders: N values of n, each at least 1.
         first: first row that each token may read; default 0, and below 0 it is 0.
 
@@ -89,6 +89,9 @@ def anchors_reference(tokens: Tensor, orders: Sequence[int], first: Tensor | Non
     row = torch.arange(length, device=tokens.device).expand(batch, length)
     first = torch.zeros_like(row) if first is None else first.clamp(min=0)
     tokens = tokens.long()
+    if tokens.numel():
+        # Whatever stands for padding, from 0 on no two names and tokens make the same key.
+        tokens = tokens - tokens.min()
     size = tokens.max() + 1 if tokens.numel() else 1
     name, found = torch.zeros_like(tokens), {}
     for n in range(1, max(orders) + 1):

@@ -150,7 +150,7 @@ def forward(
     """
     _check(values, shift, past)
     exact = _exact(values, shift)
-    out = torch.empty(shift.shape, dtype=_kept(values, exact))
+    out = torch.empty(shift.shape, dtype=_kept(values, exact), device="cpu")
     heads = _heads(shift, origin, 1)
     arrays = [rows_of(values, exact), rows_of(shift, exact), heads]
     arrays += [*_indices(shift, origin, first, past), rows_of(out, exact)]
@@ -187,8 +187,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `forward` with respect to values and shift, each in its input's dtype."""
     exact = _exact(values, shift)
-    dvalues = torch.zeros(values.shape, dtype=exact)
-    dshift = torch.empty(shift.shape, dtype=_kept(shift, exact))
+    dvalues = torch.zeros(values.shape, dtype=exact, device="cpu")
+    dshift = torch.empty(shift.shape, dtype=_kept(shift, exact), device="cpu")
     batch, _, heads, _ = shift.shape
     # Whole batch rows where there are enough of them: neighbouring heads share cache lines and pages.
     groups = max(1, min(heads, -(-torch.get_num_threads() // max(batch, 1))))

@@ -131,7 +131,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bo
         raise InputError(
             f"cross_entropy needs targets below the vocabulary's {logits.shape[1]}; got {largest}."
         )
-    losses = torch.empty(len(logits), dtype=torch.float32)
+    losses = torch.empty(len(logits), dtype=torch.float32, device="cpu")
     # Only to keep exp from overflowing: any number near the maximum would do.
     highest = logits.amax(-1).float()
     arrays = [array(logits), array(targets), array(highest), f32(softcap), array(losses)]
@@ -140,7 +140,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, softcap: float, wants_grad: bo
 
 
 def _rows(kernel, *inputs: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(inputs[0].shape, dtype=dtype)
+    out = torch.empty(inputs[0].shape, dtype=dtype, device="cpu")
     width = max(out.shape[-1], 1)
     arrays = [array(x).reshape(-1, width) for x in (*inputs, out)]
     spread(
@@ -150,7 +150,7 @@ def _rows(kernel, *inputs: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def _flat(kernel, *inputs: Tensor) -> Tensor:
-    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu")
     arrays = [array(x).reshape(-1) for x in (*inputs, out)]
     spread(lambda *ends: kernel(*arrays, *ends), out.numel(), out.numel() // LIGHT)
     return out

@@ -242,11 +242,11 @@ def forward(
     furthest: float,
 ) -> tuple[Tensor, Tensor]:
     """`starlm.ops.mix` for CPU tensors in fp32 or bfloat16; nothing is kept."""
-    out = torch.empty(values.shape, dtype=values.dtype)
+    out = torch.empty(values.shape, dtype=values.dtype, device="cpu")
     units = _units(values, near, boxes)
     arrays = [*_arrays(values, shift, gate, origin, first, units, furthest), rows_of(out, torch.float32)]
     spread(lambda *ends: _forward(*arrays, *ends), len(values) * len(units), values.numel())
-    return out, torch.empty(0, dtype=torch.float32)
+    return out, torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def backward(
@@ -262,8 +262,8 @@ def backward(
     furthest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with respect to values, shift and gate (empty without one)."""
-    dvalues, dshift = (torch.empty(values.shape, dtype=values.dtype) for _ in range(2))
-    dgate = torch.empty(0 if gate is None else values.shape, dtype=values.dtype)
+    dvalues, dshift = (torch.empty(values.shape, dtype=values.dtype, device="cpu") for _ in range(2))
+    dgate = torch.empty(0 if gate is None else values.shape, dtype=values.dtype, device="cpu")
     units = _units(values, near, boxes)
     arrays = [rows_of(grad.to(values.dtype), torch.float32)]
     arrays += _arrays(values, shift, gate, origin, first, units, furthest)
@@ -288,7 +288,7 @@ def _units(values: Tensor, near: int, boxes: int) -> np.ndarray:
 
 
 def _arrays(values, shift, gate, origin, first, units, furthest) -> list:
-    first = torch.zeros(values.shape[:2], dtype=torch.int64) if first is None else first
+    first = torch.zeros(values.shape[:2], dtype=torch.int64, device="cpu") if first is None else first
     floats = [rows_of(x, torch.float32) for x in (values, shift, values if gate is None else gate)]
     channels = values.shape[3]
     return [*floats, index(origin), index(first), units, channels, np.float32(furthest), gate is not None]

@@ -317,7 +317,7 @@ class Code:
             assert self.logits is not None
             begin, end = self.logits.offset * batch, (self.logits.offset + self.logits.width) * batch
             return torch.from_numpy(floats[begin:end]).view(batch, -1)
-        out = torch.empty(batch, self.x.width, dtype=self._dtype)
+        out = torch.empty(batch, self.x.width, dtype=self._dtype, device="cpu")
         _normalise(floats[: batch * self.x.width].reshape(batch, -1), array(out))
         return out
 
@@ -330,7 +330,7 @@ def logits(x: Float[Tensor, "B K"], weight: Float[Tensor, "N K"], softcap: float
     """
     batch, (fan_out, fan_in) = len(x), weight.shape
     code = _head(Row(0, fan_in), Row(fan_in, fan_out), weight, softcap, normalise=False)
-    floats = torch.empty(batch * (fan_in + fan_out), dtype=torch.float32)
+    floats = torch.empty(batch * (fan_in + fan_out), dtype=torch.float32, device="cpu")
     inputs, results = floats.split([batch * fan_in, batch * fan_out])
     inputs.view_as(x).copy_(x)
     _run(_with_tickets(code, batch), floats.numpy(), batch, array(weight), *_NOTHING)

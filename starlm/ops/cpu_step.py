@@ -142,7 +142,7 @@ def step(
         max_shift: clips shifts of `now` heads and windows of box heads.
     """
     batch, length, width = values.shape
-    channels, out = width // heads, torch.empty(values.shape, dtype=values.dtype)
+    channels, out = width // heads, torch.empty(values.shape, dtype=values.dtype, device="cpu")
     v, z, g = (array(x) for x in (values, shift, values if gate is None else gate))
     anchored = np.empty((batch, length, len(origins)), np.int64)
     for head, rows in enumerate(origins):

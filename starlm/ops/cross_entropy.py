@@ -23,7 +23,7 @@ from torch import Tensor
 
 from starlm.errors import InputError
 from starlm.ops.backends import autocast_dtype, has_kernels, load_kernels
-from starlm.ops.deform import check_rows
+from starlm.ops.deform import check_devices, check_rows
 from starlm.ops.plain import is_plain
 
 # Logits of one chunk: on a CPU they should stay in the cache, elsewhere one kernel should be worth starting.
@@ -68,19 +68,26 @@ def cross_entropy(
     if reduction not in ("mean", "none"):
         raise InputError(f'cross_entropy has the reductions "mean" and "none"; got {reduction!r}.')
     check_rows("cross_entropy", "targets", targets, (len(hidden),))
+    check_devices("cross_entropy", hidden=hidden, weight=weight, targets=targets)
     targets = targets.long()
     if (dtype := autocast_dtype(hidden)) is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if is_plain() or (reduction == "none" and wants_grad):
-        logits = _capped(_exact(hidden @ weight.T), softcap)
-        targets = targets.clamp(min=-1)
-        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+        return cross_entropy_of(_capped(_exact(hidden @ weight.T), softcap), targets, reduction=reduction)
     total, losses, _, _ = _loss(hidden, weight, targets, softcap, wants_grad)
     if reduction == "none":
         return losses
     count = (targets >= 0).sum()
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+
+
+def cross_entropy_of(
+    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], *, reduction: Literal["mean", "none"] = "mean"
+) -> Float[Tensor, "..."]:
+    """`cross_entropy` where there are logits, of whatever head."""
+    ids = targets.long().clamp(min=-1)
+    return torch.nn.functional.cross_entropy(logits, ids, ignore_index=-1, reduction=reduction)
 
 
 @torch.library.custom_op("starlm::cross_entropy", mutates_args=())

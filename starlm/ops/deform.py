@@ -139,6 +139,18 @@ def check_rows(what: str, name: str, rows: Tensor | None, wanted: tuple[int, ...
         )
 
 
+def check_devices(what: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors on several devices: which of them computes, and with what, would be chance.
+
+    Raises:
+        InputError: they are not all on one device.
+    """
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(places.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise InputError(f"{what} needs all tensors on one device; got {found}.")
+
+
 def _check(values, shift, origin, first, past, backend) -> Tensor | None:
     """`past` as a tensor, or None for 0.
 
@@ -163,12 +175,8 @@ def _check(values, shift, origin, first, past, backend) -> Tensor | None:
         ("past", None if isinstance(past, int) else past, (batch,)),
     ):
         check_rows("deform", name, index, wanted)
-    for name, tensor in (("shift", shift), ("origin", origin), ("first", first), ("past", past)):
-        if isinstance(tensor, Tensor) and tensor.device != values.device:
-            raise InputError(
-                f"deform needs all tensors on one device; got values on {values.device}, {name} on "
-                f"{tensor.device}."
-            )
+    past_rows = None if isinstance(past, int) else past
+    check_devices("deform", values=values, shift=shift, origin=origin, first=first, past=past_rows)
     if backend not in get_args(Backend):
         raise InputError(f"deform has the backends {', '.join(get_args(Backend))}; got {backend!r}.")
     if backend == "triton" and not HAS_TRITON:

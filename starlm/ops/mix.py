@@ -14,7 +14,7 @@ from torch import Tensor
 from starlm.errors import InputError
 from starlm.ops import backends
 from starlm.ops.backends import has_kernels, load_kernels
-from starlm.ops.deform import check_rows
+from starlm.ops.deform import check_devices, check_rows
 
 
 def mix(
@@ -51,6 +51,7 @@ def mix(
         raise InputError(f"mix needs shift and gate of the shape of values, {tuple(values.shape)}.")
     check_rows("mix", "first", first, (batch, length))
     check_rows("mix", "origin", origin, (batch, length, heads - near - boxes))
+    check_devices("mix", values=values, shift=shift, gate=gate, origin=origin, first=first)
     # One dtype for all: a shift in fp32 must not be rounded to bf16.
     dtype = torch.promote_types(values.dtype, shift.dtype)
     if not has_kernels(values.device, dtype):

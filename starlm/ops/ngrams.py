@@ -78,7 +78,7 @@ def _batch(tokens, orders, size, first, origin, begin, end):
 def batch(tokens: Tensor, orders: Sequence[int], first: Tensor | None) -> Tensor:
     """`starlm.ops.anchors` for CPU tensors."""
     rows, length = tokens.shape
-    origin = torch.empty(rows, length, len(orders), dtype=torch.int64)
+    origin = torch.empty(rows, length, len(orders), dtype=torch.int64, device="cpu")
     ids = tokens.to(torch.int64).contiguous().numpy()
     starts = None if first is None else first.to(torch.int64).contiguous().numpy()
     numbers, size, out = np.array(orders, np.int64), _table_size(length), origin.numpy()

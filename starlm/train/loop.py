@@ -37,6 +37,7 @@ from starlm.train.step import TrainingStep
 Record = dict[str, Any]
 
 SAMPLE_TOKENS = 96
+_BUILDING = threading.Lock()
 
 
 class Interrupted(StarLMError):
@@ -105,8 +106,10 @@ class _Session:
             )
         self.device = pick_device(config.device)
         self.precision = run.precision
-        torch.manual_seed(config.seed)
-        self.model = build(config.model).to(self.device)
+        # The generator is the process's: other runs must not draw from it in between, and it is the caller's.
+        with _BUILDING, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = build(config.model).to(self.device)
         self.optimizers = Optimizers(self.model, config.optim, precision=self.precision)
         self.step = TrainingStep(
             self.model,

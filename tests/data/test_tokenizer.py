@@ -280,3 +280,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         Tokenizer.train(["a"], 265).save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["one text", b"bytes"])
+def test_one_text_is_no_sequence_of_texts(text):
+    """Its characters would be."""
+    with pytest.raises(InputError, match=r"as in \[text\].*got one"):
+        Tokenizer.train(text, 300)

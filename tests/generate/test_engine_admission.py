@@ -1,6 +1,7 @@
 """What an engine takes on, and what it refuses."""
 
 import pytest
+import torch
 from engines import GREEDY, MODELS, VOCAB, drained, ids_of, prompt
 
 from starlm.errors import InputError, StarLMError
@@ -46,6 +47,9 @@ def test_impossible_requests(monkeypatch):
     engine = Engine(MODELS["gated"], slots=2, max_context=50)
     for wrong, message in (
         ({"tokens": []}, "tokens must not be empty"),
+        ({"tokens": "text"}, "sequence of token ids, .*TextModel.prompt"),
+        ({"tokens": [1.5]}, "whole numbers"),
+        ({"tokens": torch.tensor([1, 2])}, r"tensor.tolist\(\)"),
         ({"tokens": [VOCAB]}, f"tokens must be between 0 and {VOCAB - 1}"),
         ({"max_tokens": -1}, "max_tokens must be a whole number, 0 or more; got -1"),
         ({"max_tokens": 2.5}, "max_tokens must be a whole number, 0 or more; got 2.5"),

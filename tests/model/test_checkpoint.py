@@ -233,3 +233,12 @@ def test_other_write_errors_are_not_hidden(tmp_path, monkeypatch):
     with pytest.raises(SafetensorError, match="something else"):
         write(make_model("gated"), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_is_tied_to_the_embedding(tmp_path):
+    """By hand: one tensor with two names, which safetensors does not write."""
+    model = make_model("gated")
+    model.head.weight = model.embedding.weight
+    loaded = load_model(write(model, tmp_path / "model"))
+    assert torch.equal(loaded.head.weight, model.embedding.weight)
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import BOUNDED, CUTS, KINDS, LONG, VOCAB, in_precision, make_changed, make_model, make_tokens
 from relations import assert_causal, assert_close, unchecked
+from torch import nn
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
@@ -207,3 +209,44 @@ def test_loss_on_the_meta_device():
     model = make_model("star", dtype=torch.float32).to("meta")
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
     assert model.loss(tokens, tokens).device.type == "meta"
+
+
+def with_bias(model):
+    model.head.bias = nn.Parameter(torch.randn(VOCAB, dtype=model.head.weight.dtype))
+    return model
+
+
+def with_a_hook(model):
+    model.head.register_forward_hook(lambda module, inputs, out: 2 * out)
+    return model
+
+
+def with_an_adapter(model):
+    model.head = nn.Sequential(model.head)
+    model.head.weight = model.head[0].weight
+    model.head.add_module("more", nn.Linear(VOCAB, VOCAB, dtype=model.head.weight.dtype))
+    return model
+
+
+def with_other_logits(model):
+    class Other(StarLM):
+        def logits(self, hidden, *, step=False):
+            return 3 * super().logits(hidden, step=step)
+
+    model.__class__ = Other
+    return model
+
+
+@pytest.mark.parametrize("change", [with_bias, with_a_hook, with_an_adapter, with_other_logits])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_is_that_of_the_logits(change, reduction):
+    """Of whatever head: the fused loss knows nothing but a weight."""
+    model, tokens = change(make_model("gated")), make_tokens(2, 9)
+    targets = torch.where(torch.rand(2, 9) < 0.3, -1, make_tokens(2, 9))
+    wanted = F.cross_entropy(
+        model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
+    )
+    loss = model.loss(tokens, targets, reduction=reduction)
+    assert_close(loss.flatten(), wanted.flatten())
+    loss.sum().backward()
+    assert all(p.grad is not None for p in model.head.parameters())

@@ -2,16 +2,19 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from models import BOUNDED, KINDS, VOCAB, make_model, make_tokens
-from relations import assert_close
+from relations import assert_close, unchecked
 
 from starlm.errors import InputError
+from starlm.model.model import StarLM
 from starlm.model.state import DecodeState
 from starlm.ops import plain
 
@@ -194,14 +197,80 @@ def test_impossible_crops_and_states():
     for wanted in (6, -1, [5, 6]):
         with pytest.raises(InputError, match=r"Cannot crop slot [01] to (6|-1) tokens: it has 5"):
             state.crop(wanted)
-    for wanted in ([], [1], [1, 2, 3]):
-        for method in (state.crop, lambda lengths: state.fork(lengths=lengths)):
-            with pytest.raises(InputError, match="2 slots needs as many lengths"):
-                method(wanted)
-    with pytest.raises(InputError, match=r"has 2 slots and 2 layers; the tokens have batch 3.*new_state"):
+    for wanted in ([], [1], [1, 2, 3], 2.5, [2.5, 1]):
+        for method in (DecodeState.crop, DecodeState.fork):
+            with pytest.raises(InputError, match="2 slots needs as many whole lengths"):
+                unchecked(method)(state, lengths=wanted)
+    with pytest.raises(InputError, match=r"has 2 slots, the tokens have batch 3.*new_state"):
         model(make_tokens(3, 1), state=state)
-    with pytest.raises(InputError, match="the model 1 layers"):
-        make_model("gated", depth=1)(make_tokens(2, 1), state=state)
+    with pytest.raises(InputError, match=r"integers \[B, T\]; got torch.float32"):
+        unchecked(StarLM.forward)(model, make_tokens(2, 1).float(), state=state)
+    # Numbers as arrays have them are numbers.
+    unchecked(DecodeState.crop)(state, np.int64(3))
+    unchecked(DecodeState.crop)(state, [np.int32(2), 1])
+    assert state.lengths == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("gated", {"depth": 1}),
+        ("gated", {"preset": "product"}),
+        ("gated", {"layers": "A"}),
+        ("gated", {"max_shift": 9}),
+        ("mixed", {"layers": "AD"}),
+        ("star", {"kinds": ("now", "bigram", "box")}),
+        ("window", {"attention_window": 5}),
+    ],
+)
+@pytest.mark.parametrize("read", [0, 5])
+def test_the_state_of_another_model(kind, other, read):
+    """What its rows are would be chance: memory that nobody has written."""
+    state = make_model(kind, dtype=torch.float32).new_state()
+    if read:
+        make_model(kind, dtype=torch.float32)(make_tokens(1, read), state=state)
+    with pytest.raises(InputError, match=r"another model.* there and .* here.*new_state"):
+        make_model(kind, dtype=torch.float32, **other)(make_tokens(1, 1), state=state)
+    # A copy of the model is no other one.
+    make_model(kind, dtype=torch.float32)(make_tokens(1, 1), state=state)
+
+
+def test_a_layer_that_changes_under_a_state():
+    model = make_model("gated, bounded")
+    state = model.new_state()
+    model(make_tokens(1, 40), state=state)
+    model.blocks[1].mixer.max_shift = 30
+    with pytest.raises(InputError, match="a layer has changed since"):
+        model(make_tokens(1, 1), state=state)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_state_that_another_thread_works_on(monkeypatch, length):
+    model = make_model("star", dtype=torch.float32)
+    state = model.new_state(2)
+    model(make_tokens(2, 5), state=state)
+    said, advance = [], DecodeState.advance
+
+    def other():
+        work = (lambda: model(make_tokens(2, 1), state=state), lambda: state.crop(1), state.fork)
+        for call in (*work, lambda: state.pick([1]).crop(1)):
+            try:
+                call()
+            except InputError as error:
+                said.append(str(error))
+
+    def advance_slowly(self, *args):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        advance(self, *args)
+
+    monkeypatch.setattr(DecodeState, "advance", advance_slowly)
+    model(make_tokens(2, length), state=state)
+    assert len(said) == 4
+    assert all("Another thread works on this decode state" in text for text in said)
+    assert state.lengths == [5 + length] * 2
+    state.crop(1)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from relations import assert_causal, assert_close, randomise
+from relations import assert_causal, assert_close, randomise, unchecked
 
 from starlm.errors import InputError
 from starlm.nn.deformer import Deformer
 from starlm.nn.heads import STAR, kinds_of_heads, lookups, order_of
+from starlm.nn.state import LayerState, Streams
 from starlm.ops import anchors, plain
 from starlm.ops.reference import deform_reference
 
@@ -145,3 +146,30 @@ def test_windows_start_log_spaced_and_shifts_at_shift_init_or_spread():
     assert (ratios - ratios.mean()).abs().max() < 1e-3
     assert torch.allclose(torch.nn.functional.softplus(bias[:2]), torch.tensor(3.0))
     assert 0.5 < bias[2:6].std() < 1.5
+
+
+@pytest.mark.parametrize("kinds", ["now", ("now", "token", "box")])
+def test_kinds_that_have_no_head(kinds):
+    """They would be left out without a word."""
+    with pytest.raises(InputError, match=r"at most one kind per head, which are 2; got .*Give more heads"):
+        kinds_of_heads("gated", kinds, 2)
+    assert kinds_of_heads("star", (), 2) == ("now", "token")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"origins": lambda rows: {n: found[:1] for n, found in rows.items()}},
+        {"origins": lambda rows: {n: found.float() for n, found in rows.items()}},
+        {"first": torch.zeros(1, 1, dtype=torch.long)},
+    ],
+)
+def test_row_numbers_that_do_not_fit_a_state(change):
+    layer, x, tokens = make(kinds=("now", "token", "box", "bigram"))
+    layer, x = layer.float(), x[:, :1].float()
+    found = {n: rows[:, :1] for n, rows in origins(tokens).items()}
+    state = LayerState([Streams(0), Streams(0)], [0, 0])
+    given = {"origins": found, "first": None}
+    given |= {name: new(found) if callable(new) else new for name, new in change.items()}
+    with pytest.raises(InputError, match=r"needs (first|origins\[1\]) as integers of shape \(2, 1\)"):
+        unchecked(Deformer.forward)(layer, x, state=state, **given)

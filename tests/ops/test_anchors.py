@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlm.errors import InputError
-from starlm.ops import anchors, longest, ngrams
+from starlm.ops import anchors, longest, ngrams, plain
 from starlm.ops.anchors import anchors_reference
 from starlm.ops.ngrams import NgramIndex, append
 
@@ -256,3 +256,12 @@ def test_longest_is_the_last_of_the_longest_matches(length, vocab, packed, seed)
 def test_first_rows_that_do_not_fit_are_refused(first):
     with pytest.raises(InputError, match=r"anchors needs first as integers of shape \(2, 6\)"):
         inspect.unwrap(anchors)(torch.zeros(2, 6).long(), [1], first=first)
+
+
+@pytest.mark.parametrize("shift", [-1, -25, -(2**31)])
+def test_negative_ids_are_ids(shift):
+    tokens = torch.randint(0, 4, (3, 200))
+    wanted = anchors(tokens, [1, 2, 3])
+    assert (anchors(tokens + shift, [1, 2, 3]) == wanted).all()
+    with plain():
+        assert (anchors(tokens + shift, [1, 2, 3]) == wanted).all()

@@ -227,3 +227,25 @@ def test_rows_that_do_not_fit_never_reach_a_kernel(name, rows):
     inputs, options = problem()
     with pytest.raises(InputError, match=f"needs {name} as integers of shape"):
         inspect.unwrap(mix)(**{**inputs, **options, name: rows})
+
+
+@pytest.mark.parametrize("name", ["shift", "gate", "origin", "first"])
+def test_tensors_on_several_devices(name):
+    """Which of them computes would be chance: of a meta tensor nothing but memory as it is."""
+    x = torch.randn(1, 4, 2, 3)
+    given = {"values": x, "shift": x, "gate": x, "origin": torch.zeros(1, 4, 1, dtype=torch.long)}
+    given["first"] = torch.zeros(1, 4, dtype=torch.long)
+    mix(**given, near=1)
+    with pytest.raises(InputError, match=f"mix needs all tensors on one device; .*{name} on meta"):
+        mix(**{**given, name: given[name].to("meta")}, near=1)
+
+
+def test_another_default_device():
+    given = {"values": torch.randn(1, 4, 2, 3, requires_grad=True), "shift": torch.randn(1, 4, 2, 3)}
+    wanted = mix(**given, gate=None, origin=None, near=1, boxes=1)
+    (slope,) = torch.autograd.grad(wanted.sum(), given["values"])
+    with torch.device("meta"):
+        found = mix(**given, gate=None, origin=None, near=1, boxes=1)
+        (again,) = torch.autograd.grad(found.sum(), given["values"])
+    assert torch.equal(found, wanted)
+    assert torch.equal(again, slope)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -442,3 +443,26 @@ def test_damaged_data_end_a_run_whose_work_is_kept(config, tmp_path):
     got, wanted = (weights_of(out, 8) for out in (damaged.out, whole.out))
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_the_generator_of_random_numbers_is_the_callers(config, tmp_path):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    train(config(steps=1))
+    assert torch.equal(torch.rand(3), wanted)
+
+    # And what others draw meanwhile changes no run.
+    def build(settings):
+        model = StarLM(settings)
+        thread = threading.Thread(target=lambda: train(config(steps=1, out=tmp_path / "inner")))
+        thread.start()
+        thread.join(0.5)
+        return model
+
+    outer = config(steps=1, out=tmp_path / "outer")
+    train(outer, build=build)
+    while not (tmp_path / "inner/checkpoints/step-000001").exists():
+        time.sleep(0.05)
+    ours, theirs = weights_of(outer.out, 1), weights_of(tmp_path / "inner", 1)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
