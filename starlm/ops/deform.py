@@ -145,10 +145,11 @@ def check_devices(what: str, **tensors: Tensor | None) -> None:
     Raises:
         InputError: they are not all on one device.
     """
-    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(places.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in places.items())
-        raise InputError(f"{what} needs all tensors on one device; got {found}.")
+    places = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    for _, device in places:
+        if device != places[0][1]:
+            found = ", ".join(f"{name} on {place}" for name, place in places)
+            raise InputError(f"{what} needs all tensors on one device; got {found}.")
 
 
 def _check(values, shift, origin, first, past, backend) -> Tensor | None:
