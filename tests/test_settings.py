@@ -140,6 +140,9 @@ def test_read_toml(tmp_path):
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match="is not valid TOML"):
         read_toml(path)
+    path.write_text("a = " + "[" * 100_000)
+    with pytest.raises(InputError, match="is not valid TOML"):
+        read_toml(path)
     path.write_text("a = 1\n[b]\nc = 'd'\n")
     assert read_toml(path) == {"a": 1, "b": {"c": "d"}}
 

@@ -1,9 +1,11 @@
 """starlm chat: a conversation in the terminal."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +19,7 @@ from starlm.text import printable
 
 if TYPE_CHECKING:
     from starlm.generate.chat import Message, Render
-    from starlm.generate.request import Piece
+    from starlm.generate.request import Piece, Stream
     from starlm.generate.text import TextModel
 
 # Lines of at most 76 characters: a terminal of 80 breaks longer ones anywhere.
@@ -92,16 +94,17 @@ def run(options: ChatOptions, console: Console) -> dict[str, Any]:
     model = load(options.model, device=options.device, dtype=options.dtype)
     render = renderer(find_checkpoint(options.model), model.tokenizer, options.conversation)
     session = Session(model, render, options, console)
-    if talks:
-        session.talk()
-    else:
-        text = piped()
-        session.answer_once(text if render is None else text.strip())
+    with session.engine:
+        if talks:
+            session.talk()
+        else:
+            text = piped()
+            session.answer_once(text if render is None else text.strip())
     return {"messages": [asdict(message) for message in session.messages], **session.figures}
 
 
 class Session:
-    """A conversation and the terminal that it is held on."""
+    """A conversation and the terminal that it is held on; its engine must be started."""
 
     def __init__(
         self, model: "TextModel", render: "Render | None", options: ChatOptions, console: Console
@@ -124,6 +127,9 @@ class Session:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         self.sampling = Sampling(**{name: getattr(options, name) for name in names})
         self.messages: list[Message] = []
+        # For Ctrl+C, see `_interrupt`.
+        self.typing = self.stopped = False
+        self.stream: Stream | None = None
         self.figures: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "answers": 0}
         # Files that this conversation came from or went to: only these may be overwritten.
         self.mine: set[Path] = set()
@@ -146,17 +152,34 @@ class Session:
             raise InputError(
                 "The loaded conversation ends with a message of the user, so no other can follow."
             )
-        self.messages.append(_message("user", text))
+        asked = [*self.messages, _message("user", text)]
         pieces = []
-        for piece in self._answer():
+        for piece in self._answer(asked):
             pieces.append(piece.text)
             self.out.file.write(self.console.shown(piece.text))
             self.out.file.flush()
         self.out.file.write("\n")
-        self._keep("".join(pieces))
+        self._keep(asked, "".join(pieces))
 
     def talk(self) -> None:
         """Read and answer until the user leaves."""
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            with _stdout_to_terminal(self.console):
+                self._talk()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_: object) -> None:
+        """Ctrl+C: leaves the line that is typed, or ends the answer, and breaks off nothing else."""
+        if self.typing:
+            self.typing = False
+            raise KeyboardInterrupt
+        self.stopped = True
+        if self.stream is not None:
+            self.stream.cancel()
+
+    def _talk(self) -> None:
         _prepare_readline([line.split()[0] for line in HELP.splitlines() if line.startswith("/")])
         self._greet()
         while (text := self._read()) is not None:
@@ -166,8 +189,6 @@ class Session:
                         break
                 elif text.strip():
                     self._turn(text.removeprefix("/") if text.startswith("//") else text)
-            except KeyboardInterrupt:
-                self._note("stopped")
             except StarLMError as error:
                 self._complain(str(error))
             except Exception as error:
@@ -176,7 +197,8 @@ class Session:
 
     def _greet(self) -> None:
         size = self.engine.model.config.num_parameters["total"]
-        self.out.print(f"[bold]starlm chat[/]  {self.options.model}, {size / 1e6:.1f} M parameters")
+        self.out.print("[bold]starlm chat[/]", end="  ")
+        self.out.print(printable(f"{self.options.model}, {size / 1e6:.1f} M parameters"), markup=False)
         if self.render is None:
             why = (
                 "As asked"
@@ -194,7 +216,7 @@ class Session:
         lines: list[str] = []
         try:
             while True:
-                lines.append(input(_prompt("· " if lines else "> ")))
+                lines.append(self._line("· " if lines else "> "))
                 if not lines[-1].endswith("\\"):
                     return "\n".join(lines)
                 lines[-1] = lines[-1][:-1]
@@ -209,49 +231,48 @@ class Session:
             self._complain(f"That was no {error.encoding} text: at byte {error.start}.")
             return ""
 
+    def _line(self, prompt: str) -> str:
+        self.stopped = False
+        self.typing = True
+        try:
+            return input(_prompt(prompt))
+        finally:
+            self.typing = False
+
     def _turn(self, text: str) -> None:
-        """Add a message of the user and the answer; without an answer the message is taken back."""
-        before = list(self.messages)
-        if before and before[-1].role == "user":
+        """Answer a message of the user."""
+        if self.messages and self.messages[-1].role == "user":
             raise InputError(
                 "The conversation ends with a message of yours: /regenerate answers it, /clear begins anew."
             )
-        self.messages.append(_message("user", text))
-        self._respond(before)
+        self._respond([*self.messages, _message("user", text)])
 
-    def _respond(self, otherwise: "list[Message]") -> None:
-        """Answer the last message; `otherwise` is the conversation if no answer comes."""
+    def _respond(self, asked: "list[Message]") -> None:
+        """Answer the last of these messages; with an answer they become the conversation."""
         from starlm.cli.markdown import MarkdownStream
 
         pieces: list[Piece] = []
         began = time.perf_counter()
         first = began
-        stopped = False
         self.out.print()
-        stream = None if self.render is None else MarkdownStream(self.out)
-        try:
-            with stream or nullcontext():
-                for piece in self._answer():
-                    first = first if pieces else time.perf_counter()
-                    pieces.append(piece)
-                    if stream:
-                        stream.push(piece.text)
-                    else:
-                        self.out.out(printable(piece.text), end="", highlight=False)
-        except KeyboardInterrupt:
-            stopped = True
-        except BaseException:
-            self.messages = otherwise
-            raise
+        markdown = None if self.render is None else MarkdownStream(self.out)
+        with markdown or nullcontext():
+            for piece in self._answer(asked):
+                first = first if pieces else time.perf_counter()
+                pieces.append(piece)
+                if markdown:
+                    markdown.push(piece.text)
+                else:
+                    self.out.out(printable(piece.text), end="", highlight=False)
         text = "".join(piece.text for piece in pieces)
-        if not stream:
+        if not markdown:
             self.out.print("" if text.endswith("\n") else "\n")
+        stopped = pieces[-1].finish == "cancelled"
         if stopped and not text.strip():
-            self.messages = otherwise
             self._note("stopped before anything came; your message is taken back")
             return
         seconds = time.perf_counter() - first
-        self._keep(text)
+        self._keep(asked, text)
         tokens = sum(len(piece.tokens) for piece in pieces)
         speed = f", {(tokens - 1) / seconds:,.1f} tokens/s" if tokens > 1 else ""
         if stopped:
@@ -260,7 +281,7 @@ class Session:
             end = ", as many as max_tokens allows" if pieces[-1].finish == "length" else ""
         self._note(f"{tokens:,} tokens{speed}, the first after {first - began:.2f} s{end}\n")
 
-    def _answer(self) -> "Iterator[Piece]":
+    def _answer(self, asked: "list[Message]") -> "Iterator[Piece]":
         from starlm.generate.chat import answer
 
         sampling = self.sampling
@@ -268,25 +289,27 @@ class Session:
             # Otherwise another answer to the same message would be the same one.
             sampling = replace(sampling, seed=sampling.seed + self.figures["answers"])
         began = time.perf_counter()
+        stream = self.stream = answer(
+            self.engine, asked, render=self.render, max_tokens=self.options.max_tokens, sampling=sampling
+        )
         try:
-            for piece in answer(
-                self.engine,
-                self.messages,
-                render=self.render,
-                max_tokens=self.options.max_tokens,
-                sampling=sampling,
-            ):
+            if self.stopped:
+                # Ctrl+C came before there was anything to cancel.
+                stream.cancel()
+            for piece in stream:
                 self.figures["tokens"] += len(piece.tokens)
                 yield piece
         finally:
+            self.stream = None
+            stream.cancel()
             self.figures["seconds"] += time.perf_counter() - began
             self.figures["answers"] += 1
 
-    def _keep(self, text: str) -> None:
-        """Add an answer to the conversation, and save it if that was asked for."""
+    def _keep(self, asked: "list[Message]", text: str) -> None:
+        """Go on from these messages and the answer, and save them if that was asked for."""
         from starlm.generate.chat import write_conversation
 
-        self.messages.append(_message("assistant", text))
+        self.messages = [*asked, _message("assistant", text)]
         if self.options.save is not None:
             write_conversation(self.options.save, self.messages)
 
@@ -296,13 +319,13 @@ class Session:
         if word in ("quit", "exit"):
             return True
         commands: dict[str, Callable[[str], None]] = {
-            **{
-                "help": lambda _: self.out.print(HELP, markup=False),
-                "clear": self._clear,
-                "system": self._system,
-            },
-            **{"temperature": self._temperature, "regenerate": self._regenerate},
-            **{"save": self._save, "load": self._load},
+            "help": lambda _: self.out.print(HELP, markup=False),
+            "clear": self._clear,
+            "system": self._system,
+            "temperature": self._temperature,
+            "regenerate": self._regenerate,
+            "save": self._save,
+            "load": self._load,
         }
         if word not in commands:
             near = get_close_matches(word, [*commands, "quit"], n=1)
@@ -335,12 +358,10 @@ class Session:
         self._note(f"temperature {self.sampling.temperature:g}")
 
     def _regenerate(self, rest: str) -> None:
-        before = list(self.messages)
-        if not before or before[-1].role == "system":
+        if not self.messages or self.messages[-1].role == "system":
             raise InputError("There is no answer yet to give again.")
-        if before[-1].role == "assistant":
-            self.messages.pop()
-        self._respond(before)
+        answered = self.messages[-1].role == "assistant"
+        self._respond(self.messages[:-1] if answered else self.messages)
 
     def _save(self, rest: str) -> None:
         from starlm.generate.chat import write_conversation
@@ -382,13 +403,29 @@ class Session:
         self.out.print(printable(text), style="dim", markup=False)
 
     def _complain(self, text: str) -> None:
-        self.out.print(f"error: {text}", style="red", markup=False)
+        self.out.print(f"error: {printable(text)}", style="red", markup=False)
 
 
 def _message(role: Any, content: str) -> "Message":
     from starlm.generate.chat import Message
 
     return Message(role, content)
+
+
+@contextmanager
+def _stdout_to_terminal(console: Console) -> Iterator[None]:
+    """With --json, lead this process's stdout to the terminal of stderr: readline prompts nowhere else."""
+    if not console.json:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _prompt(text: str) -> str:

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
 from starlm.text import printable
+
+# As rich has it, but for HTML, which rich leaves out: here List<String> is text.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
 class MarkdownStream:
@@ -28,7 +32,7 @@ class MarkdownStream:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        # Also after Ctrl+C: what came stays on the screen.
+        # Also after an error: what came stays on the screen.
         self._live.update("")
         self._live.stop()
         self._print(self._text)
@@ -50,7 +54,7 @@ class MarkdownStream:
 
 def finished(text: str) -> int:
     """Characters of a text that nothing which follows can change: all blocks but the last."""
-    blocks = [token.map[0] for token in Markdown(text).parsed if token.map and token.level == 0]
+    blocks = [token.map[0] for token in _PARSER.parse(text) if token.map and token.level == 0]
     if len(blocks) < 2:
         return 0
     # Not splitlines, which knows more line ends than Markdown does.
@@ -63,7 +67,8 @@ class _Block:
     def __init__(self, text: str, *, last_only: bool = False) -> None:
         """Args: last_only: only as many of the last lines as the screen has."""
         # Colours of the terminal's own palette: they can be read on light and on dark.
-        self._inner, self._last_only = Markdown(text, code_theme="ansi_dark"), last_only
+        self._inner, self._last_only = Markdown("", code_theme="ansi_dark"), last_only
+        self._inner.parsed = _PARSER.parse(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._inner, options, pad=False)

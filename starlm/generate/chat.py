@@ -6,8 +6,7 @@ its config.json says by `"chat": false`, only continues text: there the messages
 
 import json
 import re
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -22,7 +21,7 @@ from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
 from starlm.generate.engine import Engine
-from starlm.generate.request import Piece, Request
+from starlm.generate.request import Request, Stream
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 from starlm.model.folder import read_json
@@ -70,8 +69,8 @@ def answer(
     render: Render | None,
     max_tokens: int,
     sampling: Sampling,
-) -> Iterator[Piece]:
-    """The next message of the assistant, in pieces as they come.
+) -> Stream:
+    """The next message of the assistant, in pieces as they come; who stops listening cancels it.
 
     Args:
         engine: of a `speaker`; reads only what its prefix cache does not hold of the conversation.
@@ -81,12 +80,7 @@ def answer(
         InputError: the template refuses the messages, or the decode state does not fit into memory.
     """
     tokens, begin = prompt(engine.model, messages, render)
-    stream = engine.submit(Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling, begin=begin))
-    try:
-        yield from stream
-    finally:
-        # Who stops listening no longer waits for the rest.
-        stream.cancel()
+    return engine.submit(Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling, begin=begin))
 
 
 def as_text(messages: Sequence[Message]) -> str:
@@ -131,12 +125,14 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
         source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
 
     Raises:
-        InputError: not Jinja; and from the function, messages that the template refuses or fails on.
+        InputError: not Jinja; and from the function, messages that the template refuses or fails on, or
+            whose bars, of which special tokens are made, it does more with than to write them.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = _to_json
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -145,12 +141,10 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
         ) from None
     names = re.compile("(" + "|".join(map(re.escape, tokenizer.special)) + ")")
 
-    def render(messages: Sequence[Message]) -> list[int]:
-        # The template sees a mark, which nobody can guess, in the place of each text.
-        marks = {f"[{secrets.token_hex(8)}]": message.content for message in messages}
-        turns = [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+    def write(messages: Sequence[Message]) -> str:
+        turns = [asdict(message) for message in messages]
         try:
-            written = template.render(
+            return template.render(
                 messages=turns, bos_token="<|bos|>", eos_token="<|bos|>", add_generation_prompt=True
             )
         except Exception as error:  # What a template does can fail in any way.
@@ -158,14 +152,25 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
                 f"The model's chat template does not take this conversation: {f'{error}'.rstrip('.')}. "
                 f"Change the messages; who runs the model may take --conversation plain."
             ) from None
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        # Every special token has bars. Those of messages are another character while the template runs: one
+        # for private use, which it can trim, split or turn into capitals as it would a bar.
+        known = set(source).union(*(message.content for message in messages))
+        bar = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in known), "\ue000")
+        written = write([Message(m.role, m.content.replace("|", bar)) for m in messages])
+        if written.replace(bar, "|") != write(messages):
+            raise InputError(
+                "The model's chat template does not only write the | of a message, so it might be taken for "
+                "part of a special token. Leave out |; who runs the model may take --conversation plain."
+            )
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.
         for piece in names.split(written):
             if piece in tokenizer.special:
                 tokens.append(tokenizer.special[piece])
             else:
-                filled = re.sub(r"\[[0-9a-f]{16}\]", lambda found: marks.get(found[0], found[0]), piece)
-                tokens += tokenizer.encode(filled)
+                tokens += tokenizer.encode(piece.replace(bar, "|"))
         return tokens
 
     return render
@@ -185,6 +190,11 @@ class _Generation(Extension):
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """As transformers has it; Jinja's own is for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def read_conversation(path: Path) -> list[Message]:

@@ -10,8 +10,17 @@ from typing import Any
 
 from starlm.errors import InputError
 from starlm.settings import read_toml
+from starlm.text import printable
 
 Record = dict[str, Any]
+# Larger numbers are no measurements, and sums of their squares would overflow.
+_LARGEST = 1e100
+# What a record of each kind has besides its step.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "step": {"tokens": int | float, "seconds": int | float},
+    "validation": {"loss": int | float, "bits_per_byte": int | float},
+    "sample": {"prompt": str, "text": str},
+}
 
 
 @dataclass(kw_only=True)
@@ -70,7 +79,7 @@ def read_run(folder: Path) -> RunMetrics:
             f"{folder} cannot be reported on: {path.name}: {error.strerror}. Give a run folder; starlm train "
             f"or starlm demo makes one."
         ) from None
-    run = RunMetrics(name=folder.resolve().name, folder=folder)
+    run = RunMetrics(name=printable(folder.resolve().name), folder=folder)
     run.config = read_toml(folder / "run.toml") if (folder / "run.toml").is_file() else {}
     found: dict[tuple[Any, ...], Record] = {}
     for number, line in enumerate(lines, 1):
@@ -101,14 +110,21 @@ def read_run(folder: Path) -> RunMetrics:
 
 
 def _record(line: bytes) -> Record | None:
-    """The record in a line; None if it is none."""
+    """The record in a line, without values that say nothing; None if it is none."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or "kind" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return None
-    return record if record["kind"] == "plan" or isinstance(record.get("step"), int) else None
+    record = {name: value for name, value in record.items() if value is not None and not _overflows(value)}
+    wanted = {} if record["kind"] == "plan" else {"step": int, **_FIELDS.get(record["kind"], {})}
+    return record if all(isinstance(record.get(name), kind) for name, kind in wanted.items()) else None
+
+
+def _overflows(value: Any) -> bool:
+    # Infinity stays, as NaN does: a run that diverged has them.
+    return isinstance(value, int | float) and _LARGEST < abs(value) < float("inf")
 
 
 def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:

@@ -100,7 +100,7 @@ def _tell_apart(runs: list[RunMetrics]) -> None:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = str(run.folder)
+            run.name = printable(str(run.folder))
 
 
 def _state(run: RunMetrics) -> str:
@@ -120,17 +120,17 @@ def figures(run: RunMetrics) -> list[tuple[str, str, str]]:
         found.append((f"{last['bits_per_byte']:.3f}", "", "bits per byte, validation"))
         found.append((f"{last['loss']:.3f}", "", "nats per token, validation"))
     if "total" in parts:
-        found.append((*short(parts["total"]), "parameters"))
+        found.append((*scaled(parts["total"]), "parameters"))
     if run.steps:
-        found.append((*short(run.tokens), "tokens trained on"))
+        found.append((*scaled(run.tokens), "tokens trained on"))
         found.append((*_time(run.seconds), "training time"))
         found.append((f"{run.tokens / max(run.seconds, 1e-9):,.0f}", "tokens/s", "mean throughput"))
     if flops and run.tokens:
-        found.append((*short(flops * run.tokens), "training FLOPs"))
+        found.append((*scaled(flops * run.tokens), "training FLOPs"))
     return found
 
 
-def short(value: float) -> tuple[str, str]:
+def scaled(value: float) -> tuple[str, str]:
     """A large number in three digits, and the letter of its size: 4194304 is 4.19, M."""
     for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -167,14 +167,14 @@ def settings(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += settings(value, f"{prefix}{name}.")
         else:
-            rows.append((prefix + name, str(value)))
+            rows.append((printable(prefix + name), printable(str(value))))
     return rows
 
 
 def command(run: RunMetrics) -> str:
     """What trains this run again, into another folder."""
     config, out = (shlex.quote(str(path)) for path in (run.folder / "run.toml", f"{run.folder}-again"))
-    return f"starlm train --config {config} --out {out}" if run.config else ""
+    return printable(f"starlm train --config {config} --out {out}") if run.config else ""
 
 
 def _fence(text: str) -> str:

@@ -116,10 +116,13 @@ def _loss(axes: Any, run: RunMetrics, color: str) -> bool:
     axes.plot([tokens[i] for i in keep], [losses[i] for i in keep], color=color, alpha=0.35, linewidth=1)
     axes.plot([tokens[i] for i in keep], [smoothed[i] for i in keep], color=color, label=run.name)
     # The first steps tower over the rest; leave them out of view so that the curve can be read.
-    low, high = min(losses), max(smoothed[len(smoothed) // 20 :])
+    low = min(losses)
+    high = max(low, *smoothed[len(smoothed) // 20 :])
+    # A flat curve, too, needs some height.
+    pad = max(0.05 * (high - low), 0.001 * abs(low)) or 1
     bottom, top = axes.get_ylim()
     drawn = len(axes.lines) > 2
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    low, high = low - pad, high + pad
     axes.set_ylim(min(low, bottom) if drawn else low, max(high, top) if drawn else high)
     return True
 

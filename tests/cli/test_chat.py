@@ -25,8 +25,8 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<|user_start|>{{ m.role }}: 
 {%- endfor %}<|assistant_start|>"""
 # Makes the terminal the one whose Ctrl+C the command hears, even where the tests run in the background.
 LOGIN = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.login_tty(0); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); out = os.dup(1); os.login_tty(0); "
+    "os.dup2(out, 1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
 
@@ -43,16 +43,16 @@ def tuned(tmp_path_factory):
 
 
 class Terminal:
-    """A command on a pseudo-terminal of 100 columns."""
+    """A command on a pseudo-terminal of 100 columns, but for its stdout, if that is given."""
 
-    def __init__(self, *words, cwd):
+    def __init__(self, *words, cwd, stdout=None):
         self.main, other = pty.openpty()
         os.set_blocking(self.main, False)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "100"}
         environment |= {"LINES": "30", "OMP_NUM_THREADS": "1", "INPUTRC": os.devnull}
         self.process = subprocess.Popen(
             [sys.executable, "-c", LOGIN, "-m", "starlm", "chat", *map(str, words)],
-            **{"stdin": other, "stdout": other, "stderr": other, "cwd": cwd, "env": environment},
+            **{"stdin": other, "stdout": stdout or other, "stderr": other, "cwd": cwd, "env": environment},
         )
         os.close(other)
         self.raw, self.read_to = "", 0
@@ -77,6 +77,13 @@ class Terminal:
         begin, self.read_to = self.read_to, at + len(text)
         return self.shown[begin : self.read_to]
 
+    def until_more(self, characters, seconds=60):
+        """Wait for so many characters behind what was waited for before."""
+        end = time.monotonic() + seconds
+        while len(self.shown) < self.read_to + characters:
+            assert time.monotonic() < end, self.shown[self.read_to :]
+            self.take(0.2)
+
     def type(self, text):
         os.write(self.main, text.encode())
 
@@ -98,8 +105,8 @@ class Terminal:
 def terminal(tmp_path):
     opened = []
 
-    def open_one(*words):
-        opened.append(Terminal(*words, cwd=tmp_path))
+    def open_one(*words, **options):
+        opened.append(Terminal(*words, cwd=tmp_path, **options))
         return opened[-1]
 
     yield open_one
@@ -198,8 +205,7 @@ def test_ctrl_c_keeps_what_came(terminal, tuned, tmp_path):
     chat.until("> ")
     chat.enter("Hello")
     chat.until("\n")
-    while len(chat.shown) < chat.read_to + 300:
-        chat.take(5)
+    chat.until_more(300)
     chat.stop()
     assert int(chat.until(", stopped").rsplit(" tokens,", 1)[0].split()[-1].replace(",", "")) > 5
     said = messages(tmp_path / "talk.json")
@@ -213,6 +219,54 @@ def test_ctrl_c_keeps_what_came(terminal, tuned, tmp_path):
     chat.enter("/quit")
     assert chat.process.wait(60) == 0
     assert "Traceback" not in chat.shown
+
+
+@pytest.mark.parametrize("first", [0, 0.03, 0.15])
+def test_ctrl_c_at_any_moment_breaks_nothing(terminal, base, first):
+    """Before the answer is asked for, while kernels are compiled for the first one, or within it."""
+    chat = terminal("--model", base, "--max-tokens", "1000000")
+    chat.until("> ")
+    for number, seconds in enumerate((first, 0, 0.01, 0.02, 0.04, 0.08)):
+        time.sleep(0.3)
+        chat.enter(f"m{number}")
+        chat.until(f"m{number}\n")
+        time.sleep(seconds)
+        chat.stop()
+        chat.until("> ")
+    time.sleep(0.3)
+    chat.enter("last")
+    chat.until("last\n")
+    chat.until_more(300)
+    chat.stop()
+    chat.until(", stopped")
+    assert "error" not in chat.shown
+    assert chat.leave() == 0
+
+
+def test_json_while_talking(terminal, base, tmp_path):
+    """Stdout has the object alone; prompts and the history are on the terminal."""
+    with (tmp_path / "out.json").open("wb") as file:
+        chat = terminal("--model", base, "--max-tokens", "3", "--json", stdout=file)
+        chat.until("> ")
+        chat.enter("Hello")
+        chat.until("the first after")
+        chat.until("> ")
+        chat.type("\x1b[A\r")
+        chat.until("the first after")
+        assert chat.leave() == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [m["content"] for m in found["messages"][::2]] == ["Hello", "Hello"]
+
+
+def test_no_template_and_no_name_steers_the_terminal(terminal, tmp_path):
+    folder = write_model_folder(tmp_path / "a[bold]\x1b]0;name", chat=True)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('\x1b]0;title\x07') }}")
+    chat = terminal("--model", folder.name)
+    chat.until("a[bold]\\x1b]0;name, ")
+    chat.until("> ")
+    chat.enter("Hello")
+    chat.until("error: The model's chat template does not take this conversation: \\x1b]0;title\\x07.")
+    assert "\x1b]0;" not in chat.raw
 
 
 def talk(command, monkeypatch, text, *words):

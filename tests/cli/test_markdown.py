@@ -66,6 +66,8 @@ def test_blocks_are_printed_whole_and_once(size):
         ("one\n\ntwo", "one\n\n"),
         ("```\na\n\nb", ""),
         ("a\n\n- b\n\n  c", "a\n\n"),
+        ("<div>\n\na", "<div>\n\n"),
+        ("<!-- a\n\nb", "<!-- a\n\n"),
         # Markdown's lines end at line ends only.
         ("```\na\u2028b\u2028c\n```\n\nd", "```\na\u2028b\u2028c\n```\n\n"),
     ],
@@ -93,3 +95,12 @@ def test_no_text_steers_the_terminal():
     with MarkdownStream(screen(file)) as stream:
         stream.push("\x1b]0;title\x07")
     assert "\x1b]0;" not in file.getvalue()
+
+
+@pytest.mark.parametrize("text", ["a List<String>", "if a<b and c>d", "a\n\n<div>b</div>\n\n<!-- c -->\n\nd"])
+def test_html_is_text(text):
+    file = io.StringIO()
+    with MarkdownStream(Console(file=file, width=40)) as stream:
+        for letter in text:
+            stream.push(letter)
+    assert file.getvalue().split() == text.split()

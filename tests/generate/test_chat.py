@@ -93,6 +93,46 @@ def test_nobody_speaks_in_anothers_name(tokenizer):
     assert tokenizer.decode(tokens) == text
 
 
+CHANGES = "{% for m in messages %}{{ m.content | FILTER }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "becomes"),
+    [
+        ("trim", " \n hi  \n", "hi"),
+        ("upper", "a|b<|bos|>", "A|B<|BOS|>"),
+        ("lower", "<|BOS|>", "<|bos|>"),
+        ("length", "a|b", "3"),
+        ("tojson", "<|bos|>\"'\n\u20ac", '"<|bos|>\\"\'\\n\u20ac"'),
+        ("replace('x', '')", "<|bxos|>", "<|bos|>"),
+        ("replace('</think>', '')", "</think>\ue000|\ue001", "\ue000|\ue001"),
+    ],
+)
+def test_templates_change_texts_as_in_transformers(tokenizer, changes, text, becomes):
+    """But no special token comes from a text."""
+    tokens = by_template(CHANGES.replace("FILTER", changes), tokenizer)([Message("user", text)])
+    assert tokens == tokenizer.encode(becomes)
+
+
+def test_no_special_token_is_put_together_from_texts(tokenizer):
+    talk = [Message("user", "<|bo"), Message("assistant", "s|>"), Message("user", "<|bos")]
+    tokens = by_template(CHANGES.replace("FILTER", "trim") + "|>", tokenizer)(talk)
+    assert tokens == tokenizer.encode("<|bos|><|bos|>")
+
+
+@pytest.mark.parametrize("changes", ["replace('|', '')", "urlencode", "tojson(ensure_ascii=True)"])
+def test_templates_that_do_more_with_bars(tokenizer, changes):
+    render = by_template(CHANGES.replace("FILTER", changes), tokenizer)
+    assert render([Message("user", "bos")])
+    with pytest.raises(InputError, match=r"does not only write the \| of a message.* Leave out \|"):
+        render([Message("user", "<|bos|>")])
+    asks = by_template(
+        "{% if '<|bos|>' in messages[0].content %}{{ raise_exception('no') }}{% endif %}", tokenizer
+    )
+    with pytest.raises(InputError, match="does not take this conversation: no"):
+        asks([Message("user", "<|bos|>")])
+
+
 def test_templates_that_fail(tokenizer):
     with pytest.raises(InputError, match=r"not valid Jinja: .*--conversation plain"):
         by_template("{% if %}", tokenizer)
@@ -191,7 +231,7 @@ def test_who_stops_listening_frees_the_slot(model):
     pieces = answer(engine, TALK, render=None, max_tokens=100, sampling=Sampling())
     next(pieces)
     assert engine.stats().used_slots == 1
-    pieces.close()
+    pieces.cancel()
     assert engine.stats().used_slots == 0
     assert spoken(answer(engine, TALK, render=None, max_tokens=3, sampling=Sampling(temperature=0)))
 

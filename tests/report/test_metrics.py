@@ -1,11 +1,13 @@
 """Reading metrics.jsonl of runs that were cut off, went on, or are no runs."""
 
 import json
+import math
 
 import pytest
 
 from starlm.errors import InputError
 from starlm.report.metrics import read_run, smooth
+from starlm.report.page import write_report
 
 
 def append(folder, *records):
@@ -80,3 +82,39 @@ def test_smooth_does_not_end_on_the_noise_of_one_value():
     smoothed = smooth(values, 7)
     assert len(smoothed) == 50
     assert max(smoothed) < 3.5
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "validation", "step": 60, "loss": None, "bits_per_byte": None},
+        {"kind": "validation", "step": 60, "loss": 1.0},
+        {"kind": "validation", "step": 60, "loss": "1", "bits_per_byte": 1.0},
+        {"kind": "validation", "step": 60, "loss": 10**400, "bits_per_byte": 1.0},
+        {"kind": "step", "step": 61, "loss": 1.0, "tokens": None, "seconds": 1.0},
+        {"kind": "sample", "step": 61, "prompt": "a", "text": None},
+        {"kind": ["step"], "step": 61},
+    ],
+)
+def test_records_without_their_values_are_damaged(tmp_path, write_run, record):
+    folder = write_run(tmp_path / "a")
+    before = read_run(folder)
+    append(folder, record, {"kind": "checkpoint", "step": 60, "path": "x"})
+    run = read_run(folder)
+    assert run.damaged == 1
+    assert (run.steps, run.validations, run.samples) == (before.steps, before.validations, before.samples)
+
+
+def test_a_line_that_nests_too_deep_is_damaged(tmp_path, write_run):
+    assert read_run(write_run(tmp_path / "a", tail="[" * 100_000 + "\n{}\n")).damaged == 1
+
+
+def test_no_loss_is_too_large_to_be_drawn(tmp_path, write_run):
+    """What diverged stays as it is; what no sum can take is left out."""
+    folder = write_run(tmp_path / "a")
+    times = {"tokens": 1, "seconds": 1.0}
+    append(folder, *({"kind": "step", "step": n, "loss": 1e308, **times} for n in range(61, 99)))
+    append(folder, {"kind": "validation", "step": 98, "loss": math.inf, "bits_per_byte": math.nan})
+    run = read_run(folder)
+    assert (run.last_step, "loss" in run.steps[60], run.validations[-1]["loss"]) == (98, False, math.inf)
+    assert "Training loss" in write_report([folder]).read_text()

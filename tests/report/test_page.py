@@ -1,6 +1,7 @@
 """The report's page and its Markdown."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from starlm.errors import InputError
 from starlm.report.metrics import read_run
-from starlm.report.page import figures, short, write_report
+from starlm.report.page import figures, scaled, write_report
 
 VOID = {"meta", "br", "img", "link", "input"}
 
@@ -151,6 +152,15 @@ def test_losses_that_are_no_numbers(tmp_path, write_run):
     assert sum(tag == "svg" for tag, _ in Page(text).tags) == 3
 
 
+@pytest.mark.parametrize("loss", [0.0, 0.1, 3.0, 1e90])
+def test_losses_that_are_all_the_same(tmp_path, write_run, loss):
+    """A warning of matplotlib would fail this test."""
+    folder = write_run(tmp_path / "a")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', f'"loss": {loss}', text))
+    assert sum(tag == "svg" for tag, _ in Page(write_report([folder]).read_text()).tags) == 3
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5000])
 def test_any_length(tmp_path, write_run, steps):
     path = write_report([write_run(tmp_path / "a", steps=steps)])
@@ -169,8 +179,8 @@ def test_figures(tmp_path, write_run):
     ("value", "text"),
     [(0, ("0", "")), (999, ("999", "")), (4_194_304, ("4.19", "M")), (2e21, ("2e+03", "E"))],
 )
-def test_short(value, text):
-    assert short(value) == text
+def test_scaled(value, text):
+    assert scaled(value) == text
 
 
 def test_errors(tmp_path, write_run):
@@ -213,3 +223,14 @@ def test_a_run_with_several_horizons_says_that_its_command_makes_another(tmp_pat
         page = write_report([run])
         for path in (page, page.with_suffix(".md")):
             assert ("were to end at 20, 60 steps" in path.read_text()) == told
+
+
+def test_names_that_are_not_utf_8(tmp_path, write_run):
+    """Of folders, and what a sample has of half a surrogate pair."""
+    sample = '{"kind": "sample", "step": 60, "prompt": "a", "text": "\\ud83d"}\n'
+    runs = [write_run(tmp_path / os.fsdecode(b"run\xff"), tail=sample), write_run(tmp_path / "b")]
+    for page in (write_report(runs[:1]), write_report(runs)):
+        for path in (page, page.with_suffix(".md")):
+            text = path.read_text()
+            assert "run\\udcff" in text
+            assert "\\ud83d" in text
