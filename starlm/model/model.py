@@ -1,7 +1,6 @@
 """The language model: embedding, blocks, head."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -57,6 +56,7 @@ class Backbone(nn.Module):
             stepped = step(self, tokens, first, state, logits=False)
             if stepped is not None:
                 return stepped
+        state.check_layout(self.layout())
         with state.working():
             reach = state.first(tokens.shape[1], tokens.device) if first is None else first
             x = self._through(tokens, embedded, reach, state, state.layers(first))
@@ -113,8 +113,7 @@ class Backbone(nn.Module):
 
     def layout(self) -> tuple:
         """What a decode state depends on: n of the n-grams, and of each layer what its rows are like."""
-        # For every token: past the look-ups of nn.Module, which take most of the time.
-        mixers = [block._modules["mixer"] for block in self.blocks._modules.values() if block is not None]
+        mixers = [block.mixer for block in self.blocks]
         return tuple(self.orders), *((type(m).__name__, getattr(m, "row_layout", ())) for m in mixers)
 
     def _check(self, tokens: Tensor, first: Tensor | None, state: DecodeState | None) -> None:
@@ -131,15 +130,6 @@ class Backbone(nn.Module):
                 f"The decode state has {state.batch} slots, the tokens have batch {tokens.shape[0]}. Use "
                 f"model.new_state(batch)."
             )
-        layout = self.layout()
-        for slot in state.slots:
-            if slot.layout != layout:
-                pairs = zip_longest(slot.layout, layout)
-                there, here = next((there, here) for there, here in pairs if there != here)
-                raise InputError(
-                    f"The decode state is that of another model, or a layer has changed since: {there} there "
-                    f"and {here} here. Use model.new_state(batch)."
-                )
 
 
 class Headed(Backbone):

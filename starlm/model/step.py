@@ -58,6 +58,7 @@ def step(
     parts = parts_of(model)
     if parts.stepper is None or parts.are_hooked():
         return None
+    state.check_layout(parts.of_states)
     if first is not None:
         first = first.cpu()
     starts = np.array([slot.first for slot in state.slots] if first is None else first[:, 0].tolist())
@@ -137,6 +138,7 @@ class Parts:
             self.orders = next((m.orders for m in self.mixers if isinstance(m, Deformer) and m.orders), [])
             self._columns = [known.index(n) for n in self.orders]
             self.stepper = STEPPERS[weight.device.type](model, self.head)
+        self.of_states = model.layout()
         self._softcap, self._seen = model.config.softcap, self._look()
 
     def are_those_of(self, model: "Backbone") -> bool:
