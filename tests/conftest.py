@@ -58,6 +58,11 @@ def pytest_configure(config):
     """Check the shape annotations of these modules at run time, but for `pytest -m compile`."""
     wanted = re.findall(r"(?:not )?\bcompile\b", config.option.markexpr)
     config.stash[_checks_shapes] = "compile" not in wanted
+    if "compile" in wanted:
+        # It lists PyTorch's functions at its first use, too.
+        from torch._dynamo import trace_rules
+
+        trace_rules.get_torch_obj_rule_map()
     if config.stash[_checks_shapes]:
         # The package itself may be: names of heads are looked up without tensors.
         early = [name for name in SHAPE_CHECKED if name in sys.modules and name != "starlm.nn"]

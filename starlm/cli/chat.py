@@ -128,7 +128,7 @@ class Session:
         self.sampling = Sampling(**{name: getattr(options, name) for name in names})
         self.messages: list[Message] = []
         # For Ctrl+C, see `_interrupt`.
-        self.typing = self.stopped = False
+        self.breakable = self.stopped = False
         self.stream: Stream | None = None
         self.figures: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "answers": 0}
         # Files that this conversation came from or went to: only these may be overwritten.
@@ -171,9 +171,9 @@ class Session:
             signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, *_: object) -> None:
-        """Ctrl+C: leaves the line that is typed, or ends the answer, and breaks off nothing else."""
-        if self.typing:
-            self.typing = False
+        """Ctrl+C: leaves the line typed, or the command, or ends the answer, and breaks off no more."""
+        if self.breakable:
+            self.breakable = False
             raise KeyboardInterrupt
         self.stopped = True
         if self.stream is not None:
@@ -233,11 +233,11 @@ class Session:
 
     def _line(self, prompt: str) -> str:
         self.stopped = False
-        self.typing = True
+        self.breakable = True
         try:
             return input(_prompt(prompt))
         finally:
-            self.typing = False
+            self.breakable = False
 
     def _turn(self, text: str) -> None:
         """Answer a message of the user."""
@@ -331,7 +331,14 @@ class Session:
             near = get_close_matches(word, [*commands, "quit"], n=1)
             hint = f"Did you mean /{near[0]}? " if near else ""
             raise InputError(f"There is no command /{word}. {hint}/help lists them; // begins a text with /.")
-        commands[word](rest.strip())
+        # Their files may be pipes that nobody writes into. An answer is stopped in another way.
+        self.breakable = word != "regenerate"
+        try:
+            commands[word](rest.strip())
+        except KeyboardInterrupt:
+            self._note("stopped")
+        finally:
+            self.breakable = False
         return False
 
     def _clear(self, rest: str) -> None:
@@ -415,7 +422,7 @@ def _message(role: Any, content: str) -> "Message":
 @contextmanager
 def _stdout_to_terminal(console: Console) -> Iterator[None]:
     """With --json, lead this process's stdout to the terminal of stderr: readline prompts nowhere else."""
-    if not console.json:
+    if not console.json or sys.stdout is None:
         yield
         return
     sys.stdout.flush()

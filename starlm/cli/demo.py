@@ -47,7 +47,13 @@ def _prepare(config: TrainConfig, console: Console) -> None:
     else:
         console.say(f"The Python standard library's own source, to {config.data}")
         with console.progress() as progress:
-            prepare("embedded", config.data, vocab_size=config.model.vocab_size, progress=progress)
+            prepare(
+                "embedded",
+                config.data,
+                vocab_size=config.model.vocab_size,
+                tokenizer=config.init_from,
+                progress=progress,
+            )
     data = TokenData.open(config.data)
     console.table(
         [

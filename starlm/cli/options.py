@@ -49,6 +49,8 @@ class Verb(Generic[O]):
     """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
     follow: Callable[[O], Layer] | None = None
     """Defaults that follow from other options, such as a model's vocabulary from its data; above a preset."""
+    follows: tuple[str, ...] = ()
+    """The options that they follow from: paths."""
     resumes: tuple[str, str] | None = None
     """An option that names a folder, and a TOML file there: it stands for --config, where neither that nor
     --preset is given."""
@@ -73,28 +75,13 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
         InputError: unknown preset, unusable TOML file, impossible value.
         SystemExit: help was asked for (0) or the command line is wrong (2); tyro has printed why.
     """
-    options, shared = _resolve(prog, summary, verb, argv, {})
-    if verb.follow and (layer := verb.follow(options)):
-        options, shared = _resolve(prog, summary, verb, argv, layer)
-    return options, shared
-
-
-def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: Layer) -> tuple[O, Shared]:
-    """`resolve`, with a layer right above the preset."""
-    options = from_dict(verb.options, dict(verb.base), where="the defaults")
-    preset, config = _value_of("--preset", argv), _value_of("--config", argv)
-    if preset is not None:
-        options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
-    options = _overlay(verb, options, follow, "the defaults")
-    if verb.resumes and preset is None and config is None and not {"-h", "--help"} & set(argv):
-        option, name = verb.resumes
-        file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
-        if file.is_file():
-            # Where it was looked for, also if it has moved there from elsewhere.
-            layer = {**read_toml(file), option: str(file.parent)}
-            options = _overlay(verb, options, layer, str(file))
-    if config is not None:
-        options = _overlay(verb, options, read_toml(Path(config)), config)
+    options = _layers(verb, argv, {})
+    if verb.follow:
+        # What it follows from are paths, which may stand on the command line as well.
+        given = {name: value for name in verb.follows if (value := _value_of(f"--{name}", argv)) is not None}
+        known = _overlay(verb, options, given, "the command line")
+        options = _layers(verb, argv, verb.follow(known))
+    config = _value_of("--config", argv)
     names = _names(argv)
     if config is not None and names <= {"config", "preset", "dry_run", "json", "debug"}:
         # Nothing can come to mend what the file says, so the error may name it.
@@ -118,6 +105,25 @@ def _resolve(prog: str, summary: str, verb: Verb[O], argv: list[str], follow: La
         if any(getattr(found[0], name) is not None for name in verb.one_of):
             return found
     return parse(options)
+
+
+def _layers(verb: Verb[O], argv: list[str], follow: Layer) -> O:
+    """Everything below the command line, with a layer right above the preset; not checked as a whole."""
+    options = from_dict(verb.options, dict(verb.base), where="the defaults")
+    preset, config = _value_of("--preset", argv), _value_of("--config", argv)
+    if preset is not None:
+        options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
+    options = _overlay(verb, options, follow, "the defaults")
+    if verb.resumes and preset is None and config is None and not {"-h", "--help"} & set(argv):
+        option, name = verb.resumes
+        file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
+        if file.is_file():
+            # Where it was looked for, also if it has moved there from elsewhere.
+            layer = {**read_toml(file), option: str(file.parent)}
+            options = _overlay(verb, options, layer, str(file))
+    if config is not None:
+        options = _overlay(verb, options, read_toml(Path(config)), config)
+    return options
 
 
 def _unprefixed(cls: type) -> Any:
@@ -176,13 +182,12 @@ def _marked(options: type, marker: Any) -> frozenset[str]:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    """The last value of a flag, as `--flag value` or `--flag=value`."""
+    """The last value of a flag, as `--flag value` or `--flag=value`; `_` in it may be written as `-`."""
     found = None
     for index, word in enumerate(argv):
-        if word == flag:
-            found = next(iter(argv[index + 1 :]), None)
-        elif word.startswith(f"{flag}="):
-            found = word[len(flag) + 1 :]
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == flag.replace("-", "_"):
+            found = value if equals else next(iter(argv[index + 1 :]), None)
     return found
 
 

@@ -7,8 +7,7 @@ from starlm.cli.console import Console, duration
 from starlm.cli.options import Verb
 from starlm.cli.plan import training_plan
 from starlm.cli.presets import TRAIN
-from starlm.errors import InputError
-from starlm.settings import to_dict
+from starlm.settings import from_dict, read_toml, to_dict
 from starlm.train.config import TrainConfig
 
 
@@ -43,12 +42,11 @@ def model_of_run(config: TrainConfig) -> dict[str, Any]:
     from starlm.model.folder import find_checkpoint, read_model_config
 
     if config.init_from is not None:
-        try:
-            return {"model": to_dict(read_model_config(find_checkpoint(config.init_from)))}
-        except InputError:
-            # A run that is under way can do without.
-            if not (config.out / RUN).is_file():
-                raise
+        run = config.out / RUN
+        if run.is_file():
+            # It is under way, whatever has become of the model that it began with.
+            return {"model": to_dict(from_dict(TrainConfig, read_toml(run), where=str(run)).model)}
+        return {"model": to_dict(read_model_config(find_checkpoint(config.init_from)))}
     if not (config.data / META).is_file():
         return {}
     return {"model": {"vocab_size": TokenData.open(config.data).vocab_size}}
@@ -61,6 +59,7 @@ VERBS = {
         presets=TRAIN,
         one_of=HORIZON,
         follow=model_of_run,
+        follows=("data", "out", "init_from"),
         resumes=("out", RUN),
         plan=training_plan,
         rerun=RERUN,

@@ -77,7 +77,7 @@ class Slot:
         indexed: make the index of n-grams, where there are any.
         """
         self.length, self.layout = 0, layout
-        # Whether a call of the model works on it, or a copy is made.
+        # Whether a call of the model works on it.
         self.busy = False
         # (row, first) for each row from which on tokens read another `first` than those before: crop falls
         # back to the one before. The tokens before any of them read from row 0.
@@ -91,6 +91,9 @@ class Slot:
             from starlm.ops.ngrams import NgramIndex  # numba takes half a second to import
 
             self.index = NgramIndex(orders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "busy": False}
 
     @property
     def first(self) -> int:
@@ -146,12 +149,21 @@ class Slot:
 
     def copy(self, length: int) -> "Slot":
         """An independent copy of the first `length` tokens, which a crop could leave."""
+        if self.busy:
+            raise _busy()
         other = Slot(self.layout, rollback=self.rollback, rows_device=self.rows_device, indexed=False)
         other.layers = [layer.copy(length) for layer in self.layers]
         other.starts, other.length = list(self.starts), self.length
         other.index = self.index.copy() if self.index else None
         other.crop(length)
         return other
+
+
+def _busy() -> InputError:
+    return InputError(
+        "A call of the model works on this decode state. Let threads take turns, or give each a copy that "
+        "was made before (state.fork())."
+    )
 
 
 class _Working:
@@ -164,10 +176,7 @@ class _Working:
             if slot.busy:
                 for mine in self._slots[:number]:
                     mine.busy = False
-                raise InputError(
-                    "Another thread works on this decode state. Let them take turns, or give each a copy "
-                    "(state.fork())."
-                )
+                raise _busy()
             slot.busy = True
 
     def __exit__(self, *error: object) -> None:
@@ -333,8 +342,7 @@ class DecodeState:
 
     def reorder(self, slots: Sequence[int]) -> "DecodeState":
         """A copy whose slot i is this state's slot slots[i]; slots may repeat (beam search, n samples)."""
-        with self.working():
-            return DecodeState(self.slots[slot].copy(self.slots[slot].length) for slot in slots)
+        return DecodeState(self.slots[slot].copy(self.slots[slot].length) for slot in slots)
 
     def fork(self, copies: int = 1, *, lengths: int | Sequence[int] | None = None) -> "DecodeState":
         """An independent copy; each slot `copies` times in a row.
@@ -347,12 +355,11 @@ class DecodeState:
         """
         wanted = self.lengths if lengths is None else self._lengths(lengths)
         pairs = zip(self.slots, wanted, strict=True)
-        with self.working():
-            return DecodeState(slot.copy(keep) for slot, keep in pairs for _ in range(copies))
+        return DecodeState(slot.copy(keep) for slot, keep in pairs for _ in range(copies))
 
     def _lengths(self, lengths: Any) -> list[int]:
         """One length per slot, all of them possible for a crop."""
-        given = list(lengths) if isinstance(lengths, Sequence) else [lengths] * self.batch
+        given = list(lengths) if isinstance(lengths, Iterable) else [lengths] * self.batch
         if len(given) != self.batch or not all(isinstance(keep, Integral) for keep in given):
             raise InputError(
                 f"A decode state of {self.batch} slots needs as many whole lengths, or one for all; got "

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 
 def linear(fan_in: int, fan_out: int, **place: Any) -> nn.Linear:
@@ -19,7 +20,10 @@ def is_bare(layer: nn.Module) -> bool:
 
     What asks may take the weight itself, in place of calling the layer.
     """
-    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = (
+        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    )  # fmt: skip
+    hooked = any(hooks) or has_global_hooks() or "forward" in layer.__dict__
     return type(layer) is nn.Linear and layer.bias is None and not hooked
 
 

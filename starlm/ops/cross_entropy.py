@@ -65,9 +65,7 @@ def cross_entropy(
     Raises:
         InputError: targets that are not one whole number per token, or another reduction.
     """
-    if reduction not in ("mean", "none"):
-        raise InputError(f'cross_entropy has the reductions "mean" and "none"; got {reduction!r}.')
-    check_rows("cross_entropy", "targets", targets, (len(hidden),))
+    _check(hidden, targets, reduction)
     check_devices("cross_entropy", hidden=hidden, weight=weight, targets=targets)
     targets = targets.long()
     if (dtype := autocast_dtype(hidden)) is not None:
@@ -86,8 +84,15 @@ def cross_entropy_of(
     logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], *, reduction: Literal["mean", "none"] = "mean"
 ) -> Float[Tensor, "..."]:
     """`cross_entropy` where there are logits, of whatever head."""
+    _check(logits, targets, reduction)
     ids = targets.long().clamp(min=-1)
     return torch.nn.functional.cross_entropy(logits, ids, ignore_index=-1, reduction=reduction)
+
+
+def _check(rows: Tensor, targets: Tensor, reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise InputError(f'cross_entropy has the reductions "mean" and "none"; got {reduction!r}.')
+    check_rows("cross_entropy", "targets", targets, (len(rows),))
 
 
 @torch.library.custom_op("starlm::cross_entropy", mutates_args=())

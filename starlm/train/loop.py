@@ -86,17 +86,12 @@ class _Session:
         self.run, self.on_record = run, on_record
         self.data = TokenData.open(config.data)
         self.tokenizer = Tokenizer.load(config.data)
-        if self.tokenizer.vocab_size != config.model.vocab_size:
+        if self.tokenizer.vocab_size != config.model.vocab_size and config.init_from is None:
             vocab = self.tokenizer.vocab_size
-            cure = (
-                f"Set model.vocab_size to {vocab} or leave it out, or prepare other data."
-                if config.init_from is None
-                else f"Prepare the data with its tokenizer: starlm data prepare ... --tokenizer "
-                f"{config.init_from}"
-            )
             raise InputError(
                 f"The data in {config.data} has a vocabulary of {vocab} tokens, the model one of "
-                f"{config.model.vocab_size}. {cure}"
+                f"{config.model.vocab_size}. Set model.vocab_size to {vocab} or leave it out, or prepare "
+                f"other data."
             )
         self.start = self.done = run.last_step()
         if self.start > config.num_steps:

@@ -56,6 +56,9 @@ class Run:
                 )
             return
         old = replace(read_config(self.folder), out=self.config.out)
+        if self.last_step():
+            # What it began with, whatever that is called now.
+            self.config = replace(self.config, init_from=old.init_from)
         if self.config.precision == "auto":
             self.config = replace(self.config, precision=old.precision)
         changed = [

@@ -161,6 +161,12 @@ def test_the_model_is_that_which_a_run_begins_with(command, resolved):
         model = resolved("--init-from", "old", *words)["model"]
         assert (model["vocab_size"], model["dim"], model["layers"], model["context"]) == (size, 32, "DW", 512)
     assert resolved("--init-from", "old", "--model.context", "64")["model"]["context"] == 64
+    # Whether settings make sense together is looked at with that model, not with the default one.
+    write_model_folder(Path("short").absolute(), context=64)
+    for flag in ("--init-from", "--init_from"):
+        assert resolved(flag, "short", "--batch-tokens", "128")["batch_tokens"] == 128
+    Path("short.toml").write_text('batch_tokens = 128\ninit_from = "short"\n')
+    assert resolved("--config", "short.toml")["model"]["context"] == 64
     assert resolved("--init-from", "old", "--model.depth", "9")["model"]["depth"] == 9
     missing = command("train", "--init-from", "none", "--dry-run")
     assert (missing.code, "There is no model at none" in missing.err) == (2, True)
@@ -168,6 +174,10 @@ def test_the_model_is_that_which_a_run_begins_with(command, resolved):
     Path("run").mkdir()
     Path("run/run.toml").write_text('init_from = "none"\n[model]\ndepth = 3\n')
     assert resolved("--out", "run")["model"]["depth"] == 3
+    # Nor does it become what the other has become since.
+    Path("run/run.toml").write_text('init_from = "old"\n[model]\ndepth = 3\n')
+    for words in (("--out", "run"), ("--out", "run", "--init-from", "old", "--preset", "small")):
+        assert resolved(*words)["model"]["depth"] == 3
 
 
 @pytest.mark.parametrize("name", TRAIN)

@@ -221,6 +221,12 @@ def with_a_hook(model):
     return model
 
 
+def with_another_forward(model):
+    forward = model.head.forward
+    model.head.forward = lambda hidden: 2 * forward(hidden)
+    return model
+
+
 def with_an_adapter(model):
     model.head = nn.Sequential(model.head)
     model.head.weight = model.head[0].weight
@@ -237,7 +243,10 @@ def with_other_logits(model):
     return model
 
 
-@pytest.mark.parametrize("change", [with_bias, with_a_hook, with_an_adapter, with_other_logits])
+CHANGES = [with_bias, with_a_hook, with_another_forward, with_an_adapter, with_other_logits]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_loss_is_that_of_the_logits(change, reduction):
     """Of whatever head: the fused loss knows nothing but a weight."""
@@ -250,3 +259,10 @@ def test_the_loss_is_that_of_the_logits(change, reduction):
     assert_close(loss.flatten(), wanted.flatten())
     loss.sum().backward()
     assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_a_backward_hook_of_the_head_is_called():
+    model, called = make_model("gated"), []
+    model.head.register_full_backward_hook(lambda *_: called.append(1))
+    model.loss(make_tokens(1, 4), make_tokens(1, 4)).backward()
+    assert called == [1]

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from models import BOUNDED, KINDS, VOCAB, make_model, make_tokens
 from relations import assert_close, unchecked
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from starlm.errors import InputError
 from starlm.model.model import StarLM
@@ -207,7 +209,7 @@ def test_impossible_crops_and_states():
         unchecked(StarLM.forward)(model, make_tokens(2, 1).float(), state=state)
     # Numbers as arrays have them are numbers.
     unchecked(DecodeState.crop)(state, np.int64(3))
-    unchecked(DecodeState.crop)(state, [np.int32(2), 1])
+    unchecked(DecodeState.crop)(state, np.array([2, 1]))
     assert state.lengths == [2, 1]
 
 
@@ -268,9 +270,34 @@ def test_a_state_that_another_thread_works_on(monkeypatch, length):
     monkeypatch.setattr(DecodeState, "advance", advance_slowly)
     model(make_tokens(2, length), state=state)
     assert len(said) == 4
-    assert all("Another thread works on this decode state" in text for text in said)
+    assert all("A call of the model works on this decode state" in text for text in said)
     assert state.lengths == [5 + length] * 2
     state.crop(1)
+
+
+def test_copies_may_be_made_by_many_threads_and_in_the_middle_of_a_call():
+    model = make_model("gated", dtype=torch.float32)
+    state = model.new_state()
+    model(make_tokens(1, 30), state=state)
+    with ThreadPoolExecutor(4) as pool:
+        forks = list(pool.map(lambda _: state.fork(), range(200)))
+    assert all(fork.lengths == [30] for fork in forks)
+    copies = []
+    handle = model.blocks[0].register_forward_hook(lambda *_: copies.append(copy.deepcopy(state)))
+    model(make_tokens(1, 1), state=state)
+    handle.remove()
+    copies[0].crop(10)
+    model(make_tokens(1, 1), state=copies[0])
+    assert copies[0].lengths == [11]
+
+
+def test_blocks_may_be_wrapped():
+    model, tokens = make_model("star", dtype=torch.float32), make_tokens(1, 8)
+    wanted = model(tokens)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    state = model.new_state()
+    found = torch.cat([model(token, state=state) for token in tokens.split(1, 1)], dim=1)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -10,7 +10,7 @@ from oracle import assert_same
 
 from starlm.errors import InputError
 from starlm.ops import cross_entropy as module
-from starlm.ops.cross_entropy import cross_entropy
+from starlm.ops.cross_entropy import cross_entropy, cross_entropy_of
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -219,3 +219,10 @@ def test_targets_on_another_device():
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"all tensors on one device; .*targets on meta"):
         cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("change", [{"reduction": "sum"}, {"targets": torch.zeros(3)}])
+def test_of_logits_is_refused_what_is_of_hidden_states(change):
+    given = {"targets": torch.zeros(3, dtype=torch.long), "reduction": "mean", **change}
+    with pytest.raises(InputError, match="cross_entropy"):
+        inspect.unwrap(cross_entropy_of)(torch.randn(3, 5), **given)

@@ -13,7 +13,9 @@ from starlm.data.shards import TokenData
 from starlm.errors import InputError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.generate.text import load
+from starlm.train.config import TrainConfig
 from starlm.train.loop import train
+from starlm.train.run import read_config
 
 
 @pytest.fixture
@@ -77,7 +79,8 @@ def test_it_goes_on_without_the_other(base, begun, tmp_path):
             train(stopped, on_record=crash)
         del steps[0]
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    train(stopped)
+    train(replace(stopped, init_from=tmp_path / "by/another/../name"))
+    assert read_config(stopped.out).init_from == stopped.init_from
     assert [record["step"] for record in records_of(stopped, "validation")] == [0, 8]
     one, other = (
         load_file(settings.out / "checkpoints/step-000008/model.safetensors")
@@ -86,11 +89,14 @@ def test_it_goes_on_without_the_other(base, begun, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_another_model(base, begun, tmp_path):
+def test_another_model(base, begun, data, tmp_path):
     with pytest.raises(InputError) as error:
         train(begun(model__depth=3, model__softcap=0.0))
     for words in ("model.depth is 2 there, 3 here", "model.softcap is 15.0 there, 0.0 here", "Leave"):
         assert words in str(error.value)
+    # Nor is it a matter of the vocabulary, where all settings are the default's.
+    with pytest.raises(InputError, match=r"model.vocab_size is 300 there, 4096 here"):
+        train(TrainConfig(init_from=tmp_path / "base", data=data, out=tmp_path / "next"))
     assert not (tmp_path / "next").exists()
 
 
