@@ -29,6 +29,8 @@ with suppress(ImportError, AttributeError):
 
     attrdoc.ast_get_constant_value = _clean
 
+# Help is about no run and no model, and must not look for any.
+_HELP = {"-h", "--help"}
 O = TypeVar("O")  # noqa: E741
 Layer = Mapping[str, Any]
 
@@ -76,7 +78,7 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
         SystemExit: help was asked for (0) or the command line is wrong (2); tyro has printed why.
     """
     options = _layers(verb, argv, {})
-    if verb.follow:
+    if verb.follow and not _HELP & set(argv):
         # What it follows from are paths, which may stand on the command line as well.
         given = {name: value for name in verb.follows if (value := _value_of(f"--{name}", argv)) is not None}
         known = _overlay(verb, options, given, "the command line")
@@ -114,7 +116,7 @@ def _layers(verb: Verb[O], argv: list[str], follow: Layer) -> O:
     if preset is not None:
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
     options = _overlay(verb, options, follow, "the defaults")
-    if verb.resumes and preset is None and config is None and not {"-h", "--help"} & set(argv):
+    if verb.resumes and preset is None and config is None and not _HELP & set(argv):
         option, name = verb.resumes
         file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
         if file.is_file():
