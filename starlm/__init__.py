@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from starlm.generate.text import load
     from starlm.model.config import StarLMConfig
     from starlm.model.model import StarLM
+    from starlm.model.state import DecodeState
     from starlm.nn.deformer import Deformer
     from starlm.ops import anchors, deform
 
 __all__ = [
+    "DecodeState",
     "Deformer",
     "InputError",
     "StarLM",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DecodeState": "starlm.model.state",
     "Deformer": "starlm.nn.deformer",
     "StarLM": "starlm.model.model",
     "StarLMConfig": "starlm.model.config",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from starlm.errors import InputError
-from starlm.nn.heads import Preset, kinds_of_heads, lookups, order_of
+from starlm.nn.heads import Preset, kinds_of_heads, lookups, order_of, orders_of
 from starlm.settings import settle_types
 
 
@@ -112,7 +112,7 @@ class StarLMConfig:
     @property
     def orders(self) -> tuple[int, ...]:
         """Every n for which n-grams are looked up, rising."""
-        return lookups(self.head_kinds) if "D" in self.layer_kinds else ()
+        return lookups(orders_of(self.head_kinds)) if "D" in self.layer_kinds else ()
 
     @property
     def layer_kinds(self) -> str:

@@ -1,7 +1,7 @@
 """The language model: embedding, blocks, head."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
-from starlm.model.state import DecodeState, Slot
+from starlm.model.state import DecodeState, layout_of
 from starlm.model.step import logits_of_step, step
 from starlm.nn.attention import Attention
 from starlm.nn.block import Block, through
 from starlm.nn.conv import ShortConv
 from starlm.nn.deformer import Deformer
-from starlm.nn.heads import LONGEST, MATCH
 from starlm.nn.linear import is_bare
 from starlm.nn.mlp import MLP
-from starlm.nn.state import LayerState
-from starlm.ops import anchors, longest
+from starlm.nn.origins import origins_of
 from starlm.ops.cross_entropy import cross_entropy, cross_entropy_of
 from starlm.ops.deform import check_rows
 
@@ -50,71 +48,32 @@ class Backbone(nn.Module):
                 model.
         """
         self._check(tokens, first, state)
-        if state is None:
-            return self._through(tokens, embedded, first, None, [None] * len(self.blocks))
-        if embedded is None and _keeps(self, "_origins"):
+        if state is not None and embedded is None:
             stepped = step(self, tokens, first, state, logits=False)
             if stepped is not None:
                 return stepped
-        state.check_layout(self.layout())
-        with state.working():
-            reach = state.first(tokens.shape[1], tokens.device) if first is None else first
-            x = self._through(tokens, embedded, reach, state, state.layers(first))
-            state.advance(tokens.shape[1], first)
-        return x
-
-    def _through(
-        self,
-        tokens: Tensor,
-        embedded: Tensor | None,
-        first: Tensor | None,
-        state: DecodeState | None,
-        layers: Sequence[LayerState | None],
-    ) -> Float[Tensor, "B T D"]:
-        origins = self._origins(tokens, first, state)
         x = _rows_of(self.embedding, tokens) if embedded is None else embedded
-        return through(self.blocks, x, layers, first=first, origins=origins)
+        if state is None:
+            origins = origins_of(tokens, self.orders, first=first)
+            return through(self.blocks, x, [None] * len(self.blocks), first=first, origins=origins)
+        state.check_layout(self.layout())
+        with state.extend(tokens, first) as rows:
+            return through(self.blocks, x, rows.layers, first=rows.first, origins=rows.origins)
 
     def new_state(
         self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None
     ) -> DecodeState:
-        """An empty decode state of `batch` sequences (slots).
+        """An empty decode state of `batch` sequences (slots); arguments as for `DecodeState.of`."""
+        return DecodeState.of(self.mixers, batch, rollback=rollback, rows_device=rows_device)
 
-        Args:
-            rollback: tokens that `crop` can give back where `max_shift` or a window bounds the memory.
-                Without a bound any crop is possible.
-            rows_device: where anchored heads keep their rows, which grow with the context; default the
-                model's device. "cpu" keeps them in host memory: their reads take place there, and per token
-                and head only the new row, the shifts and what was read travel.
-
-        Raises:
-            InputError: rollback below 0.
-        """
-        if rollback < 0:
-            raise InputError(f"rollback must be 0 or more; got {rollback}.")
-        place = None if rows_device is None else torch.device(rows_device)
-        return DecodeState(Slot(self.layout(), rollback=rollback, rows_device=place) for _ in range(batch))
-
-    def _origins(
-        self, tokens: Tensor, first: Tensor | None, state: DecodeState | None
-    ) -> dict[int, Int[Tensor, "B T"]]:
-        """What anchored heads measure from, once for all layers: for each n, `anchors` of the tokens."""
-        if not self.orders:
-            return {}
-        if state is None:
-            found = anchors(tokens, self.orders, first=first)
-        else:
-            starts = None if first is None else first.long().cpu().numpy()
-            found = torch.from_numpy(state.anchors(tokens, starts)).to(tokens.device)
-        origins = dict(zip(self.orders, found.unbind(-1), strict=True))
-        if MATCH in self.orders:
-            origins[LONGEST] = longest(origins)
-        return origins
+    @property
+    def mixers(self) -> list[nn.Module]:
+        """Of each layer what mixes tokens."""
+        return [cast(nn.Module, block.mixer) for block in self.blocks]
 
     def layout(self) -> tuple:
-        """What a decode state depends on: n of the n-grams, and of each layer what its rows are like."""
-        mixers = [block.mixer for block in self.blocks]
-        return tuple(self.orders), *((type(m).__name__, getattr(m, "row_layout", ())) for m in mixers)
+        """What a decode state depends on: see `layout_of`."""
+        return layout_of(self.mixers)
 
     def _check(self, tokens: Tensor, first: Tensor | None, state: DecodeState | None) -> None:
         """Refuse what kernels, which do not look, would take for something else."""
@@ -122,14 +81,10 @@ class Backbone(nn.Module):
             raise InputError(
                 f"Token ids must be integers [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        check_rows("StarLM", "first", first, tuple(tokens.shape))
         if state is None:
-            return
-        if state.batch != tokens.shape[0]:
-            raise InputError(
-                f"The decode state has {state.batch} slots, the tokens have batch {tokens.shape[0]}. Use "
-                f"model.new_state(batch)."
-            )
+            check_rows("StarLM", "first", first, tuple(tokens.shape))
+        else:
+            state.check_tokens(tokens, first)
 
 
 class Headed(Backbone):
@@ -194,7 +149,7 @@ class StarLM(Headed):
             last_only: logits of the last token only, [B, 1, V].
         """
         self._check(tokens, first, state)
-        if state is not None and _keeps(self, "hidden", "_origins", "logits"):
+        if state is not None and _keeps(self, "hidden", "logits"):
             stepped = step(self, tokens, first, state, logits=True)
             if stepped is not None:
                 return stepped

@@ -1,6 +1,7 @@
 """The decode state: everything that a model remembers of the tokens it has read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -10,12 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from starlm.errors import InputError
 from starlm.nn.attention import Attention
 from starlm.nn.deformer import Deformer
+from starlm.nn.heads import lookups
+from starlm.nn.origins import by_order
 from starlm.nn.state import LayerState, Streams
+from starlm.ops.deform import check_rows
 
 # Of layers whose rows a step can write by itself.
 Mixer = Deformer | Attention
@@ -60,6 +64,13 @@ def row_layout(mixers: Iterable[Mixer], like: Tensor) -> tuple:
     return like.dtype, like.device, *(mixer.row_layout for mixer in mixers)
 
 
+def layout_of(layers: Iterable[nn.Module]) -> tuple:
+    """What a decode state depends on: n of the n-grams, and of each layer what its rows are like."""
+    layers = list(layers)
+    orders = lookups(n for layer in layers for n in getattr(layer, "orders", ()))
+    return orders, *((type(layer).__name__, getattr(layer, "row_layout", ())) for layer in layers)
+
+
 def positioned(model: Any) -> int | None:
     """The number of one of the layers of attention, if any: those of a step agree on positions."""
     return next((n for n, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)), None)
@@ -71,9 +82,9 @@ class Slot:
     def __init__(
         self, layout: tuple, *, rollback: int, rows_device: torch.device | None, indexed: bool = True
     ) -> None:
-        """Args: see `StarLM.new_state`.
+        """Args: see `DecodeState.of`.
 
-        layout: `Backbone.layout`.
+        layout: `layout_of` the layers.
         indexed: make the index of n-grams, where there are any.
         """
         self.length, self.layout = 0, layout
@@ -184,8 +195,20 @@ class _Working:
             slot.busy = False
 
 
+@dataclass(frozen=True, eq=False)
+class Extension:
+    """What layers are given while a decode state takes the next tokens."""
+
+    layers: list[LayerState]
+    """For each layer its part of the state."""
+    first: Int[Tensor, "B T"] | None
+    """The first row that each token may read; None for row 0."""
+    origins: dict[int, Int[Tensor, "B T"]]
+    """For each n the rows that anchored heads measure from."""
+
+
 class DecodeState:
-    """State of independent sequences (slots) in a model; made by `StarLM.new_state`.
+    """State of independent sequences (slots) in a model; made by `StarLM.new_state`, or `of` layers.
 
     `model(tokens, state=state)` appends tokens to every slot and moves the state on; the logits are those of
     one full forward. Slots may have different lengths. `pick` and `join` share slots, so any choice of slots
@@ -212,6 +235,44 @@ class DecodeState:
             )
 
     @classmethod
+    def of(
+        cls,
+        layers: Iterable[nn.Module],
+        batch: int = 1,
+        *,
+        rollback: int = 64,
+        rows_device: str | torch.device | None = None,
+    ) -> "DecodeState":
+        """An empty state of `batch` sequences for these layers of any model, in the order in which they run.
+
+        Args:
+            layers: Deformers, and others that take a `state` as they do.
+            rollback: tokens that `crop` can give back where `max_shift` or a window bounds the memory.
+                Without a bound any crop is possible.
+            rows_device: where anchored heads keep their rows, which grow with the context; default the
+                model's device. "cpu" keeps them in host memory: their reads take place there, and per token
+                and head only the new row, the shifts and what was read travel.
+
+        Raises:
+            InputError: rollback below 0.
+
+        Example:
+            >>> from starlm import Deformer
+            >>> layers = [Deformer(32, heads=4, kinds=("now", "bigram")) for _ in range(2)]
+            >>> state, tokens, x = DecodeState.of(layers), torch.tensor([[3, 4]]), torch.randn(1, 2, 32)
+            >>> with state.extend(tokens) as rows:
+            ...     for layer, kept in zip(layers, rows.layers):
+            ...         x = x + layer(x, origins=rows.origins, first=rows.first, state=kept)
+            >>> state.lengths
+            [2]
+        """
+        if rollback < 0:
+            raise InputError(f"rollback must be 0 or more; got {rollback}.")
+        place = None if rows_device is None else torch.device(rows_device)
+        layout = layout_of(layers)
+        return cls(Slot(layout, rollback=rollback, rows_device=place) for _ in range(batch))
+
+    @classmethod
     def join(cls, states: Iterable["DecodeState"]) -> "DecodeState":
         """One state of all their slots, shared: tokens appended to it are appended to them."""
         return cls(slot for state in states for slot in state.slots)
@@ -235,14 +296,51 @@ class DecodeState:
         """Bytes of memory that the slots hold, room to grow included."""
         return sum(slot.num_bytes for slot in self.slots)
 
-    def layers(self, first: Int[Tensor, "B T"] | None = None) -> list[LayerState]:
-        """For each layer its part of the state, for one call of the model, which is given this `first`."""
+    def _layers(self, first: Tensor | None) -> list[LayerState]:
         lengths, place = self.lengths, self.slots[0].rows_device
         starts = [slot.first for slot in self.slots] if first is None else None
         for slot in self.slots:
             slot.places = None
         columns = zip(*(slot.layers for slot in self.slots), strict=True)
         return [LayerState(streams, lengths, place, starts) for streams in columns]
+
+    @contextmanager
+    def extend(
+        self, tokens: Int[Tensor, "B T"], first: Int[Tensor, "B T"] | None = None
+    ) -> Iterator[Extension]:
+        """A context to run every layer once on the next tokens in; at its end they are part of the state.
+
+        If the layers fail, the state stays as it was. The slots are this thread's meanwhile.
+
+        Args:
+            tokens: ids of the next T tokens of every slot.
+            first: the first row that each may read, absolute; default that of the token before. The state
+                remembers it for the tokens that follow.
+
+        Raises:
+            InputError: tokens or `first` that do not fit the slots; another thread works on one of them.
+        """
+        self.check_tokens(tokens, first)
+        with self.working():
+            reach = self.first(tokens.shape[1], tokens.device) if first is None else first
+            yield Extension(self._layers(first), reach, self._origins(tokens, reach))
+            self.advance(tokens.shape[1], first)
+
+    def check_tokens(self, tokens: Tensor, first: Tensor | None) -> None:
+        """Refuse tokens and `first` of another shape than the slots'."""
+        if tokens.dim() != 2 or tokens.shape[0] != self.batch:
+            raise InputError(
+                f"The decode state has {self.batch} slots, so it takes token ids [{self.batch}, T]; got the "
+                f"shape {list(tokens.shape)}. Make one for as many: model.new_state(batch)."
+            )
+        check_rows("A decode state", "first", first, tuple(tokens.shape))
+
+    def _origins(self, tokens: Tensor, first: Tensor | None) -> dict[int, Int[Tensor, "B T"]]:
+        orders = self.slots[0].layout[0]
+        if not orders:
+            return {}
+        starts = None if first is None else first.long().cpu().numpy()
+        return by_order(torch.from_numpy(self.anchors(tokens, starts)).to(tokens.device), orders)
 
     def step_table(
         self, mixers: Sequence[Mixer], like: Tensor, layout: tuple, starts: Int[np.ndarray, " B"]
@@ -307,7 +405,7 @@ class DecodeState:
         """Refuse the states of another model: what its rows are would be chance.
 
         Args:
-            layout: `Backbone.layout` of the model that asks.
+            layout: `layout_of` the layers of the model that asks.
 
         Raises:
             InputError: a slot has another one.

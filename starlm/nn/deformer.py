@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from starlm.errors import InputError
-from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, order_of
+from starlm.nn.heads import PRESETS, Preset, kinds_of_heads, orders_of
 from starlm.nn.linear import init_matrix, linear
+from starlm.nn.origins import origins_of
 from starlm.nn.state import LayerState, NoState, Reserved
 from starlm.ops.backends import fuses, has_kernels, load_kernels
 from starlm.ops.constants import ANCHORED, BOX, BOX_SCALE, NOW
@@ -105,7 +106,7 @@ class Deformer(nn.Module):
             raise InputError(f"Deformer has the presets {', '.join(PRESETS)}; got {preset!r}.")
         self.dim, self.heads, self.preset = dim, heads, preset
         self.kinds = kinds_of_heads(preset, kinds, heads)
-        self.orders = [n for kind in self.kinds if (n := order_of(kind)) is not None]
+        self.orders = orders_of(self.kinds)
         self.max_shift, self.shift_init, self.window = max_shift, shift_init, window
         near, boxes = self.kinds.count("now"), self.kinds.count("box")
         spans = {
@@ -190,9 +191,10 @@ class Deformer(nn.Module):
         Args:
             x: normalised residual stream.
             first: first row that each token may read (absolute, when there is a state); default 0.
-            origins: for each n of the anchored heads, the row that shift 0 reads: `starlm.ops.anchors` of the
-                token ids; for `longest` heads, at 0, `starlm.ops.longest` of them.
-            state: rows of earlier tokens; x continues them, and its rows are appended.
+            origins: for each n of the anchored heads, the row that shift 0 reads: `self.origins` of the token
+                ids; with a state what its `extend` says.
+            state: rows of earlier tokens; x continues them, and its rows are appended. From
+                `starlm.DecodeState`.
 
         Raises:
             InputError: x of another shape; the layer has anchored heads and `origins` lacks one of their n.
@@ -208,6 +210,16 @@ class Deformer(nn.Module):
             return q * self._read("key", self.key(x), self.key_shift(x), None, *where)
         gate = None if self.preset == "value" else self.gate(x)
         return self.out(self._read("value", self.value(x), self.shift(x), gate, *where))
+
+    def origins(
+        self, tokens: Int[Tensor, "B T"], *, first: Int[Tensor, "B T"] | None = None
+    ) -> dict[int, Int[Tensor, "B T"]]:
+        """What `forward` asks for as `origins`, for whole sequences of these token ids; {} without anchors.
+
+        Raises:
+            InputError: as `starlm.anchors`.
+        """
+        return origins_of(tokens, self.orders, first=first)
 
     def write_step(self, code: "Code", layer: int) -> None:
         """Add to the code of a step: x += what `forward` makes of rms(x), as number `layer` of a model."""
@@ -235,8 +247,7 @@ class Deformer(nn.Module):
         if missing:
             raise InputError(
                 f"This Deformer has anchored heads ({', '.join(self.kinds)}), so it needs origins for "
-                f"n = {sorted(missing)}: compute them from the token ids with starlm.anchors, and for n = 0, "
-                f"the longest match, with starlm.ops.longest from those."
+                f"n = {sorted(missing)}: layer.origins(tokens) computes them from the token ids."
             )
         for n in dict.fromkeys(self.orders):
             check_rows("Deformer", f"origins[{n}]", (origins or {})[n], shape)

@@ -8,7 +8,7 @@ box                    reads the mean over a predicted window that ends at the q
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from starlm.errors import InputError
@@ -55,9 +55,14 @@ def kinds_of_heads(preset: Preset, kinds: Sequence[str], heads: int) -> tuple[st
     return tuple(sorted(chosen, key=lambda kind: (kind == "box", kind != "now", order_of(kind) or 0)))
 
 
-def lookups(kinds: Sequence[str]) -> tuple[int, ...]:
-    """Every n whose n-grams have to be looked up for heads of these kinds, rising."""
-    orders = {n for kind in kinds if (n := order_of(kind)) is not None}
-    if LONGEST in orders:
-        orders = orders - {LONGEST} | set(range(1, MATCH + 1))
-    return tuple(sorted(orders))
+def orders_of(kinds: Iterable[str]) -> list[int]:
+    """n of each anchored head among heads of these kinds."""
+    return [n for kind in kinds if (n := order_of(kind)) is not None]
+
+
+def lookups(orders: Iterable[int]) -> tuple[int, ...]:
+    """Every n whose n-grams have to be looked up for anchored heads of these n, rising."""
+    wanted = set(orders)
+    if LONGEST in wanted:
+        wanted = wanted - {LONGEST} | set(range(1, MATCH + 1))
+    return tuple(sorted(wanted))

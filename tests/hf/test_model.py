@@ -10,6 +10,7 @@ from wrapped import ALL, FEW, make_pair
 from starlm.errors import InputError
 from starlm.hf import StarLMCache, StarLMForCausalLM, StarLMHFConfig, StarLMModel
 from starlm.model.step import parts_of
+from starlm.nn.origins import origins_of
 
 NEW = 12
 OPTIONS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
@@ -64,7 +65,7 @@ def test_hidden_states_and_the_headless_model():
     assert len(out.hidden_states) == len(model.blocks) + 1
     assert torch.equal(out.hidden_states[-1], model.hidden(tokens))
     x = out.hidden_states[1]
-    assert torch.equal(model.blocks[0](out.hidden_states[0], origins=model._origins(tokens, None, None)), x)
+    assert torch.equal(model.blocks[0](out.hidden_states[0], origins=origins_of(tokens, model.orders)), x)
     headless = StarLMModel(wrapper.config).double().eval()
     headless.load_state_dict({n: p for n, p in model.state_dict().items() if n != "head.weight"})
     assert torch.equal(headless(tokens).last_hidden_state, model.hidden(tokens))

@@ -6,9 +6,9 @@ from relations import assert_causal, assert_close, randomise, unchecked
 
 from starlm.errors import InputError
 from starlm.nn.deformer import Deformer
-from starlm.nn.heads import STAR, kinds_of_heads, lookups, order_of
+from starlm.nn.heads import STAR, kinds_of_heads, lookups, order_of, orders_of
 from starlm.nn.state import LayerState, Streams
-from starlm.ops import anchors, plain
+from starlm.ops import anchors, longest, plain
 from starlm.ops.reference import deform_reference
 
 B, T, D, H = 2, 30, 16, 8
@@ -110,9 +110,9 @@ def test_order_of_the_names():
         sorted(STAR, key=lambda kind: ("now", "token", "bigram", "trigram", "box").index(kind))
     )
     assert order_of("longest") == 0
-    assert lookups(("now", "trigram", "box", "token")) == (1, 3)
-    assert lookups(("longest", "12-gram")) == (1, 2, 3, 4, 5, 6, 7, 8, 12)
-    assert lookups(("now", "box")) == ()
+    assert lookups(orders_of(("now", "trigram", "box", "token"))) == (1, 3)
+    assert lookups(orders_of(("longest", "12-gram"))) == (1, 2, 3, 4, 5, 6, 7, 8, 12)
+    assert lookups(orders_of(("now", "box"))) == ()
     assert kinds_of_heads("star", ("box", "token", "longest", "now"), 4) == ("now", "longest", "token", "box")
     assert kinds_of_heads("gated", (), 3) == ("now",) * 3
     assert kinds_of_heads("gated", ("box", "now"), 5) == ("now", "now", "box", "box", "box")
@@ -126,14 +126,30 @@ def test_unknown_kinds(kind):
 
 def test_anchored_heads_ask_for_origins():
     layer, x, tokens = make()
-    with pytest.raises(InputError, match=r"needs origins for n = \[1, 2, 3\].*starlm.anchors"):
+    with pytest.raises(InputError, match=r"needs origins for n = \[1, 2, 3\]: layer.origins\(tokens\)"):
         layer(x)
-    with pytest.raises(InputError, match=r"n = \[0\].*for n = 0.*starlm.ops.longest"):
+    with pytest.raises(InputError, match=r"n = \[0\]"):
         Deformer(16, 2, kinds=("now", "longest"))(x[..., :16], origins=origins(tokens))
     with pytest.raises(InputError, match=r"n = \[3\]"):
         layer(x, origins=origins(tokens, orders=(1, 2)))
     plain, x, _ = make("gated", kinds=("now", "box"))
     assert plain(x).shape == x.shape
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("now", "longest", "bigram"), ("now", "12-gram")])
+def test_origins_are_what_the_layer_asks_for(kinds):
+    layer, x, tokens = make(kinds=kinds)
+    first = torch.randint(0, 9, (B, 1)).expand(B, T)
+    found = layer.origins(tokens, first=first)
+    known = origins(tokens, first, orders=tuple(range(1, 13)))
+    known[0] = longest({n: known[n] for n in range(1, 9)})
+    assert found.keys() >= set(layer.orders)
+    assert all(torch.equal(rows, known[n]) for n, rows in found.items())
+    assert torch.equal(layer(x, origins=found, first=first), layer(x, origins=known, first=first))
+
+
+def test_without_anchored_heads_there_are_no_origins():
+    assert Deformer(D, H, kinds=("now", "box")).origins(torch.zeros(1, 3, dtype=torch.long)) == {}
 
 
 def test_windows_start_log_spaced_and_shifts_at_shift_init_or_spread():
