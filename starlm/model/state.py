@@ -260,7 +260,7 @@ class DecodeState:
             >>> from starlm import Deformer
             >>> layers = [Deformer(32, heads=4, kinds=("now", "bigram")) for _ in range(2)]
             >>> state, tokens, x = DecodeState.of(layers), torch.tensor([[3, 4]]), torch.randn(1, 2, 32)
-            >>> with state.extend(tokens) as rows:
+            >>> with torch.no_grad(), state.extend(tokens) as rows:
             ...     for layer, kept in zip(layers, rows.layers):
             ...         x = x + layer(x, origins=rows.origins, first=rows.first, state=kept)
             >>> state.lengths
@@ -310,7 +310,8 @@ class DecodeState:
     ) -> Iterator[Extension]:
         """A context to run every layer once on the next tokens in; at its end they are part of the state.
 
-        If the layers fail, the state stays as it was. The slots are this thread's meanwhile.
+        If the layers fail, the state stays as it was. The slots are this thread's meanwhile. Gradients reach
+        what this call appends, not what was there before; without them (`torch.no_grad`) no row is copied.
 
         Args:
             tokens: ids of the next T tokens of every slot.
