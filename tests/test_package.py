@@ -12,6 +12,7 @@ import starlm
 
 def test_all_is_sorted_and_complete():
     expected = {
+        "DecodeState",
         "Deformer",
         "InputError",
         "StarLM",
