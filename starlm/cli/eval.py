@@ -22,7 +22,7 @@ class EvalOptions:
     split: Literal["validation", "train"] = "validation"
     """Which part of the data."""
     max_tokens: int = 0
-    """Stop after this many tokens; 0 takes all."""
+    """Take this many tokens, spread over the split; 0 takes all."""
     rows: int = 8
     """Rows of `context` tokens per forward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -95,8 +95,8 @@ def _bits_per_byte(options: EvalOptions, console: Console) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     console.say(
         f"{result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f} nats per token: "
-        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes of {folder} ({options.split}) in "
-        f"{duration(seconds)}"
+        f"{result['tokens']:,} of {result['split_tokens']:,} tokens, {result['bytes']:,} bytes of {folder} "
+        f"({options.split}) in {duration(seconds)}"
     )
     return {
         **result,

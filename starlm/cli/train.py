@@ -25,8 +25,10 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
 
 def say_result(result: dict[str, Any], console: Console) -> None:
     """Print what training came to."""
+    seen, held_out = result["validation_tokens"], result["validation_split_tokens"]
+    part = "held-out text" if seen == held_out else f"{seen:,} of {held_out:,} held-out tokens"
     console.say(
-        f"Done: {result['bits_per_byte']:.4f} bits per byte on held-out text after {result['tokens']:,} "
+        f"Done: {result['bits_per_byte']:.4f} bits per byte on {part} after {result['tokens']:,} "
         f"tokens in {duration(result['seconds'])}. Checkpoint: {result['checkpoint']}"
     )
 

@@ -140,11 +140,12 @@ def sequential_rows(
     """Batches for evaluation: documents in stored order, each token of the split predicted once.
 
     Packed as in training, and the <|bos|> that ends the last document stands for the one that begins the
-    first, which nothing precedes. So there are min(num_tokens, max_tokens) targets.
+    first, which nothing precedes. So there are min(num_tokens, max_tokens) targets. If that is not all, the
+    rows are spread evenly over the split, so that each source has its share of them.
 
     Args:
         length: T, tokens of a row.
-        max_tokens: stop after this many targets; None takes all.
+        max_tokens: so many targets; None takes all.
         rows: rows of a batch; the last batch may have fewer.
 
     Yields:
@@ -161,12 +162,13 @@ def sequential_rows(
 
 def _sequential(split: Split, length: int, total: int, rows: int) -> Iterator[Batch]:
     stream = _Stream(split, np.arange(split.num_documents))
-    num_rows = -(-total // length)
+    num_rows, stored_rows = -(-total // length), -(-split.num_tokens // length)
     for top in range(0, num_rows, rows):
         tokens = np.empty((min(rows, num_rows - top), length + 1), dtype=np.int64)
         starts = np.zeros(tokens.shape, dtype=bool)
         for row in range(len(tokens)):
-            stream.read((top + row) * length, tokens[row], starts[row])
+            place = (top + row) * stored_rows // num_rows
+            stream.read(place * length, tokens[row], starts[row])
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         padding = (top * length + np.arange(inputs.size)).reshape(inputs.shape) >= total
         inputs[padding], targets[padding] = split.bos, -1

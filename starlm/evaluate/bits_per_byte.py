@@ -26,7 +26,7 @@ def evaluate(
     """Loss of a split's documents in their stored order, each token predicted once.
 
     Args:
-        max_tokens: evaluate only this many tokens from the beginning; None takes all.
+        max_tokens: evaluate only this many tokens, spread over the split; None takes all.
         rows: rows of `context` tokens per forward pass.
         precision: auto, float32 or bfloat16.
         progress: called with tokens done and tokens in all.
@@ -36,6 +36,7 @@ def evaluate(
         bits_per_byte: of the tokens that stand for text: nats / (ln 2 * UTF-8 bytes); special tokens, which
             have no bytes, count neither here nor there.
         tokens, bytes: how many were predicted.
+        split_tokens: how many the split has.
     """
     device = model.head.weight.device
     sizes = torch.from_numpy(tokenizer.byte_lengths()).to(device)
@@ -67,4 +68,5 @@ def evaluate(
         "bits_per_byte": text_nats / (math.log(2) * max(size, 1)),
         "tokens": tokens,
         "bytes": size,
+        "split_tokens": split.num_tokens,
     }

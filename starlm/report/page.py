@@ -119,6 +119,9 @@ def figures(run: RunMetrics) -> list[tuple[str, str, str]]:
         last = run.validations[-1]
         found.append((f"{last['bits_per_byte']:.3f}", "", "bits per byte, validation"))
         found.append((f"{last['loss']:.3f}", "", "nats per token, validation"))
+        seen, held_out = last.get("tokens"), last.get("split_tokens")
+        if isinstance(seen, int) and isinstance(held_out, int) and seen < held_out:
+            found.append((f"{seen:,}", f"of {held_out:,}", "validation tokens"))
     if "total" in parts:
         found.append((*scaled(parts["total"]), "parameters"))
     if run.steps:

@@ -102,7 +102,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between validations; 0 only validates at the end."""
     eval_tokens: int = 65536
-    """Validation tokens; 0 takes all."""
+    """Validation tokens, spread over all that there are; 0 takes all."""
     sample_every: int = 0
     """Steps between printed samples; 0 only samples at the end."""
     sample_prompts: tuple[str, ...] = ("def ", "class ", "    if ")

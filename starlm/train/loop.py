@@ -64,7 +64,8 @@ def train(
         build: makes the model, for experiments that change more than the config can say.
 
     Returns:
-        The last record, of kind "end": steps, tokens, seconds, loss, bits_per_byte, checkpoint.
+        The last record, of kind "end": step, seconds, tokens (trained on), loss and bits_per_byte on
+        validation_tokens and validation_bytes of a split of validation_split_tokens, checkpoint.
 
     Raises:
         InputError: unusable data, settings or run folder, or another process that trains in it.
@@ -186,9 +187,15 @@ class _Session:
                     )
         result = self._validate()
         self._sample()
-        # Here `tokens` are those of training.
-        result |= {"tokens": horizon * config.batch_tokens, "checkpoint": str(self.run.checkpoint(horizon))}
-        return self._emit("end", seconds=self.seconds, **result)
+        return self._emit(
+            "end",
+            seconds=self.seconds,
+            tokens=horizon * config.batch_tokens,
+            loss=result["loss"],
+            bits_per_byte=result["bits_per_byte"],
+            **{f"validation_{name}": result[name] for name in ("tokens", "bytes", "split_tokens")},
+            checkpoint=str(self.run.checkpoint(horizon)),
+        )
 
     def _look(self, done: Sequence[Record] = ()) -> None:
         """Validate and write samples, what of it is due and not among the records `done`."""

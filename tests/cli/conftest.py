@@ -53,7 +53,7 @@ def stand_in(monkeypatch):
     return put
 
 
-def training_records(steps=20, start=0, every=10, before=None):
+def training_records(steps=20, start=0, every=10, before=None, held_out=9):
     """What a training run says, from plan to end."""
     yield {
         **{"kind": "plan", "step": start, "steps": steps, "start_step": start, "resumed": start > 0},
@@ -74,12 +74,14 @@ def training_records(steps=20, start=0, every=10, before=None):
                 "bits_per_byte": 2.5,
                 "tokens": 9,
                 "bytes": 9,
+                "split_tokens": 9,
             }
     yield {"kind": "sample", "step": steps, "prompt": "def ", "text": "f(x):\n    return [b]<x>\n"}
     yield {"kind": "checkpoint", "step": steps, "path": "runs/x/checkpoints/step"}
     yield {
         **{"kind": "end", "step": steps, "seconds": 1.0, "tokens": steps * 4096, "checkpoint": "runs/x/c"},
         **{"loss": 6.5, "bits_per_byte": 2.5},
+        **{"validation_tokens": 9, "validation_bytes": 9, "validation_split_tokens": held_out},
     }
 
 

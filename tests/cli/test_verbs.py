@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 from runs import write_model_folder
 
+from starlm.cli.console import Console
 from starlm.cli.generate import GenerateOptions
 from starlm.cli.tokenizer import visible
+from starlm.cli.train import say_result
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 
@@ -26,6 +28,13 @@ def test_train(command, fake_train):
     assert done.json["out"] == "runs/x"
     assert "step 20: validation loss" in done.err
     assert fake_train[0].steps == 20
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(9, "held-out text"), (1234, "9 of 1,234 held-out tokens")])
+def test_the_result_of_training_says_on_how_much_it_was_measured(capsys, training_records, held_out, said):
+    *_, end = training_records(held_out=held_out)
+    say_result(end, Console())
+    assert f"Done: 2.5000 bits per byte on {said} after 81,920 tokens in " in capsys.readouterr().out
 
 
 def test_demo_goes_all_the_way(command, fake_train, fake_data):
@@ -284,7 +293,7 @@ def test_eval(command, fake_model, fake_data, stand_in, monkeypatch):
     def evaluate(model, split, tokenizer, *, progress, **options):
         calls.append(options)
         progress(50, 100)
-        return {"loss": 3.0, "bits_per_byte": 1.5, "tokens": 99, "bytes": 250}
+        return {"loss": 3.0, "bits_per_byte": 1.5, "tokens": 99, "bytes": 250, "split_tokens": 1234}
 
     stand_in("starlm.evaluate.bits_per_byte", evaluate=evaluate)
     Path("d").mkdir()
@@ -295,6 +304,7 @@ def test_eval(command, fake_model, fake_data, stand_in, monkeypatch):
         assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err
     assert calls[0]["max_tokens"] == 100
     assert "1.5000 bits per byte" in done.err
+    assert "99 of 1,234 tokens" in done.err
     # From another folder than that where the run was made.
     here = Path.cwd()
     Path("m/run.toml").write_text('data = "d"\nout = "m"\n')

@@ -225,6 +225,7 @@ def test_impossible_values_are_refused(change, message):
 def test_evaluation_predicts_each_token_once_in_stored_order(name, length, rows):
     split = CORPORA[name]
     stored = np.concatenate(documents_of(split))
+    stored_rows = ceil(split.num_tokens / length)
     for max_tokens in (None, 1, split.num_tokens // 2 or 1, split.num_tokens, 10**6):
         total = min(split.num_tokens, max_tokens or split.num_tokens)
         batches = list(sequential_rows(split, length, max_tokens, rows=rows))
@@ -234,11 +235,23 @@ def test_evaluation_predicts_each_token_once_in_stored_order(name, length, rows)
             for name in ("inputs", "targets", "first")
         )
         assert len(inputs) == ceil(total / length)
-        np.testing.assert_array_equal(inputs.ravel()[:total], stored[:total])
-        np.testing.assert_array_equal(targets.ravel()[:total], np.append(stored[1:], BOS)[:total])
+        # Of a part, rows from all over the split.
+        places = [row * stored_rows // len(inputs) * length for row in range(len(inputs))]
+        taken = (np.array(places)[:, None] + np.arange(length)).ravel()[:total]
+        np.testing.assert_array_equal(inputs.ravel()[:total], stored[taken])
+        np.testing.assert_array_equal(targets.ravel()[:total], np.append(stored, BOS)[taken + 1])
         # Padding stands for itself alone.
         assert (targets.ravel()[total:] == -1).all()
         np.testing.assert_array_equal(first, first_of(inputs))
+
+
+def test_a_part_of_the_split_has_its_share_of_each_source():
+    split = corpus(*[10] * 40)
+    batches = list(sequential_rows(split, 5, 100, rows=7))
+    seen = np.concatenate([batch.inputs for batch in batches])
+    assert seen.shape == (20, 5)
+    half = split.num_tokens // 2 * 9 // 10
+    assert [(row.max() <= half) for row in seen] == [True] * 10 + [False] * 10
 
 
 @pytest.mark.parametrize(("name", "values"), [("length", (0,)), ("max_tokens", (4, 0)), ("rows", (4, 1))])

@@ -91,9 +91,12 @@ def test_rows_of_context(context, rows):
 def test_max_tokens_and_progress():
     model, seen = make(context=8), []
     got = evaluate(model, SPLIT, TOKENIZER, max_tokens=19, rows=1, progress=lambda *now: seen.append(now))
-    assert got["tokens"] == 19
+    assert (got["tokens"], got["split_tokens"]) == (19, SPLIT.num_tokens)
     assert seen == [(8, 19), (16, 19), (19, 19)]
-    wanted = sum(len(TOKENIZER.token_bytes(token)) for token in np.concatenate(DOCUMENTS)[1:20])
+    stored, rows = np.concatenate(DOCUMENTS), -(-SPLIT.num_tokens // 8)
+    begins = [row * rows // 3 * 8 for row in range(3)]
+    taken = [*stored[begins[0] + 1 :][:8], *stored[begins[1] + 1 :][:8], *stored[begins[2] + 1 :][:3]]
+    wanted = sum(len(TOKENIZER.token_bytes(token)) for token in taken)
     assert got["bytes"] == wanted
 
 

@@ -173,6 +173,14 @@ def test_figures(tmp_path, write_run):
     assert found["training time"] == ("60", "s")
     assert found["mean throughput"] == ("4,096", "tokens/s")
     assert found["training FLOPs"] == ("6.14", "T")
+    assert "validation tokens" not in found
+
+
+def test_a_report_says_on_how_much_was_validated(tmp_path, write_run):
+    part = {"kind": "validation", "step": 60, "loss": 3.0, "bits_per_byte": 1.5, "tokens": 64}
+    tail = json.dumps({**part, "split_tokens": 1234}) + "\n"
+    found = figures(read_run(write_run(tmp_path / "a", tail=tail)))
+    assert ("64", "of 1,234", "validation tokens") in found
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,9 @@ def test_the_loss_falls(config):
     assert [record["step"] for record in heard if record["kind"] == "checkpoint"] == [15, 30, 40]
     assert [record["step"] for record in heard if record["kind"] == "sample"] == [40]
     assert (end["step"], end["tokens"]) == (40, 40 * 128)
+    for name in ("tokens", "bytes", "split_tokens"):
+        assert end[f"validation_{name}"] == validations[1][name]
+    assert end["validation_tokens"] == 64 < end["validation_split_tokens"]
     # What the checkpoint holds is what was measured, and it stands for the run.
     model = load(settings.out)
     split = TokenData.open(settings.data).splits["validation"]
