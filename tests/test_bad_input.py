@@ -162,6 +162,28 @@ def test_corrupt_data(home, refused):
     refused(*READERS[1], parts=["train-00000.tokens.npy", "does not match its SHA-256", "--overwrite"])
 
 
+def test_data_that_were_prepared_again_hold_nothing_out(home, refused, capsys):
+    again = ["--tokenizer", "run", "--validation-fraction", "0.9", "--overwrite"]
+    assert main([*PREPARE, "text", *again]) == 0
+    argv = ("eval", "--model", "run", "--device", "cpu")
+    refused(*argv, parts=["data holds other data than run was trained on", "name them with --data"])
+    assert main([*argv, "--data", "data"]) == 0
+
+
+def test_training_goes_on_from_another_folder(home, capsys, monkeypatch):
+    (home / "sub").mkdir()
+    monkeypatch.chdir(home / "sub")
+    for steps, argv in enumerate((["--out", "../run"], ["--config", "../run/run.toml"]), 5):
+        assert main(["train", *argv, "--steps", str(steps)]) == 0
+        assert f"going on at step {steps - 1}" in capsys.readouterr().out
+    assert os.listdir(home / "sub") == []
+    monkeypatch.chdir(home)
+    assert main(["eval", "--model", "run"]) == 0
+    assert main(["train", "--out", "run", "--steps", "7"]) == 0
+    assert main(["train", "--config", "run/run.toml", "--out", "new", "--steps", "1"]) == 0
+    assert (home / "new/checkpoints/step-000001").is_dir()
+
+
 @pytest.mark.parametrize("argv", READERS, ids=" ".join)
 def test_missing_data(home, refused, argv):
     shutil.rmtree(home / "data")

@@ -9,6 +9,7 @@ from starlm.cli.console import Console, duration
 from starlm.cli.options import Verb
 from starlm.errors import InputError
 from starlm.settings import read_toml
+from starlm.train.config import seen_from_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ def _bits_per_byte(options: EvalOptions, console: Console) -> dict[str, Any]:
             f"{folder} was prepared with another tokenizer than that of {options.model}: its tokens would "
             f"mean other texts. Prepare it again with --tokenizer {options.model}, in another folder."
         )
+    if options.data is None:
+        _check_same_data(options.model, folder, data.splits["train"].fingerprint)
     began = time.perf_counter()
     with console.progress() as progress:
         result = evaluate(
@@ -107,6 +110,18 @@ def _bits_per_byte(options: EvalOptions, console: Console) -> dict[str, Any]:
     }
 
 
+def _check_same_data(model: Path, folder: Path, fingerprint: str) -> None:
+    """Refuse data that were prepared again since the model was trained on them."""
+    from starlm.model.folder import find_checkpoint, read_json
+
+    file = find_checkpoint(model) / "trainer.json"
+    if file.is_file() and read_json(file).get("data") != fingerprint:
+        raise InputError(
+            f"{folder} holds other data than {model} was trained on, so what it learned may count as held "
+            f"out. Prepare the data as they were, or name them with --data to measure on them all the same."
+        )
+
+
 def trained_on(model: Path) -> Path:
     """The data folder that a model's run.toml names.
 
@@ -123,12 +138,9 @@ def trained_on(model: Path) -> Path:
     if file is None:
         raise InputError(f"{model} belongs to no run, so its data is not known. Name a folder with --data.")
     settings = read_toml(file)
-    folder = Path(settings.get("data", "data"))
-    if not folder.exists():
-        # Seen from where the run was made, which its own name there tells.
-        name, place = Path(settings.get("out", ".")).parts, file.absolute().parent.parts
-        if name and place[-len(name) :] == name:
-            folder = Path(*place[: -len(name)]) / folder
+    folder = seen_from_here(
+        Path(settings.get("data", "data")), run=file.parent, out=Path(settings.get("out", "."))
+    )
     if not folder.exists():
         raise InputError(
             f"{file} names the data folder {folder}, which is not there (seen from {Path.cwd()}). Name it "

@@ -56,6 +56,8 @@ class Verb(Generic[O]):
     resumes: tuple[str, str] | None = None
     """An option that names a folder, and a TOML file there: it stands for --config, where neither that nor
     --preset is given."""
+    read_config: Callable[[Path], Layer] = read_toml
+    """Reads the files of `resumes` and --config."""
     plan: Callable[[O], dict[str, Any]] | None = None
     """What --dry-run adds to the resolved configuration."""
     rerun: str = "Nothing was kept; run the same command again to start over."
@@ -121,10 +123,10 @@ def _layers(verb: Verb[O], argv: list[str], follow: Layer) -> O:
         file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
         if file.is_file():
             # Where it was looked for, also if it has moved there from elsewhere.
-            layer = {**read_toml(file), option: str(file.parent)}
+            layer = {**verb.read_config(file), option: str(file.parent)}
             options = _overlay(verb, options, layer, str(file))
     if config is not None:
-        options = _overlay(verb, options, read_toml(Path(config)), config)
+        options = _overlay(verb, options, verb.read_config(Path(config)), config)
     return options
 
 

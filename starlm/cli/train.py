@@ -1,6 +1,7 @@
 """starlm train: pretraining."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from starlm.cli.console import Console, duration
@@ -8,7 +9,7 @@ from starlm.cli.options import Verb
 from starlm.cli.plan import training_plan
 from starlm.cli.presets import TRAIN
 from starlm.settings import from_dict, read_toml, to_dict
-from starlm.train.config import TrainConfig
+from starlm.train.config import TrainConfig, seen_from_here
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def say_result(result: dict[str, Any], console: Console) -> None:
 
 
 RERUN = "The last checkpoint is kept. Run the same command again to go on from it."
-RUN = "run.toml"
+RUN, METRICS = "run.toml", "metrics.jsonl"
 HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
 
 
@@ -54,6 +55,18 @@ def model_of_run(config: TrainConfig) -> dict[str, Any]:
     return {"model": {"vocab_size": TokenData.open(config.data).vocab_size}}
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings in a file; those in a run folder mean that folder, and paths as the run saw them."""
+    settings = read_toml(file)
+    if file.name != RUN or not (file.parent / METRICS).is_file():
+        return settings
+    out = Path(str(settings.get("out", ".")))
+    for name in ("data", "init_from"):
+        if isinstance(path := settings.get(name), str):
+            settings[name] = str(seen_from_here(Path(path), run=file.parent, out=out))
+    return {**settings, "out": str(file.parent)}
+
+
 VERBS = {
     "train": Verb(
         options=TrainConfig,
@@ -63,6 +76,7 @@ VERBS = {
         follow=model_of_run,
         follows=("data", "out", "init_from"),
         resumes=("out", RUN),
+        read_config=read_config,
         plan=training_plan,
         rerun=RERUN,
     )

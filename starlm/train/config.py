@@ -19,6 +19,19 @@ def _is_size(x: float | None) -> bool:
     return x is None or 0 <= x < math.inf
 
 
+def seen_from_here(named: Path, *, run: Path, out: Path) -> Path:
+    """A path that a run names: as it stands, or, if there is nothing, seen from where the run was made.
+
+    Args:
+        run: the run folder, from here.
+        out: what the run calls that folder, which tells where it was made.
+    """
+    name, place = out.parts, run.absolute().parts
+    if named.exists() or not name or place[-len(name) :] != name:
+        return named
+    return (Path(*place[: -len(name)]) / named).resolve()
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Learning rates and schedule: Muon for matrices, AdamW for embedding, head and shifts' biases."""

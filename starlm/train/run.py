@@ -18,13 +18,13 @@ from starlm.model.checkpoint import load_tensors, load_weights, save_tensors, wr
 from starlm.model.folder import TRAINING, read_json, step_of, steps, verify, write_json, write_manifest
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
-from starlm.train.config import Precision, TrainConfig
+from starlm.train.config import Precision, TrainConfig, seen_from_here
 from starlm.train.optim import Optimizers
 
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
 FREE = {
-    "out", "data", "device", "steps", "tokens", "tokens_per_param", "eval_every", "eval_tokens",
-    "sample_every", "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
+    "out", "data", "device", "micro_rows", "steps", "tokens", "tokens_per_param", "eval_every",
+    "eval_tokens", "sample_every", "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
 }  # fmt: skip
 
 
@@ -55,10 +55,13 @@ class Run:
                     f"{self.folder} is not empty and holds no run (no run.toml). Choose another --out."
                 )
             return
-        old = replace(read_config(self.folder), out=self.config.out)
-        if self.last_step():
-            # What it began with, whatever that is called now.
-            self.config = replace(self.config, init_from=old.init_from)
+        old = read_config(self.folder)
+        if not self.last_step():
+            # Nothing is lost if it begins again, with whatever settings.
+            return
+        self._check_beginning(old)
+        # What it began with, which may be gone now.
+        self.config = replace(self.config, init_from=old.init_from)
         if self.config.precision == "auto":
             self.config = replace(self.config, precision=old.precision)
         changed = [
@@ -71,6 +74,22 @@ class Run:
                 f"{self.folder} holds a run with other settings: {'; '.join(changed)}. To go on with it, "
                 f"give the same settings (--config {shlex.quote(str(path))}); for a new run, another --out."
             )
+
+    def _check_beginning(self, old: TrainConfig) -> None:
+        """Refuse an init_from that is not what the run began with."""
+        given, theirs = self.config.init_from, old.init_from
+        if given in (None, theirs):
+            return
+        if theirs is None:
+            began = "with random weights"
+        elif seen_from_here(theirs, run=self.folder, out=old.out).resolve() != given.resolve():
+            began = f"with those of {theirs}"
+        else:
+            return
+        raise InputError(
+            f"{self.folder} holds a run that began {began}, so it cannot begin with those of {given}. Leave "
+            f"out --init-from to go on with it, or choose another --out for a new run."
+        )
 
     def begin(self, tokenizer: Tokenizer, step: int) -> None:
         """Write settings and tokenizer; drop the records of what is done again, or was after `step`."""

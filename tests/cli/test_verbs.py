@@ -299,6 +299,7 @@ def test_eval(command, fake_model, fake_data, stand_in, monkeypatch):
     Path("d").mkdir()
     Path("m/run.toml").write_text('data = "d"\n')
     Path("m/checkpoints/step-1").mkdir(parents=True)
+    Path("m/checkpoints/step-1/config.json").touch()
     for model in ("m", "m/checkpoints/step-1"):
         done = command("eval", "--model", model, "--json", "--max-tokens", "100")
         assert (done.code, done.json["bits_per_byte"], done.json["data"]) == (0, 1.5, "d"), done.err

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_it_goes_on_without_the_other(base, begun, tmp_path):
             train(stopped, on_record=crash)
         del steps[0]
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    train(replace(stopped, init_from=tmp_path / "by/another/../name"))
+    train(replace(stopped, init_from=tmp_path / "by/another/../../base"))
     assert read_config(stopped.out).init_from == stopped.init_from
     assert [record["step"] for record in records_of(stopped, "validation")] == [0, 8]
     one, other = (
@@ -87,6 +88,26 @@ def test_it_goes_on_without_the_other(base, begun, tmp_path):
         for settings in (straight, stopped)
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_began_otherwise_does_not_begin_again(base, begun, config, tmp_path, monkeypatch):
+    """Whether there is what is named, or not."""
+    alone = config(out=tmp_path / "alone", steps=1)
+    train(alone)
+    for path in (tmp_path / "base", tmp_path / "nowhere"):
+        with pytest.raises(
+            InputError, match=r"alone holds a run that began with random weights.*another --out"
+        ):
+            train(replace(alone, steps=2, init_from=path))
+    train(begun(steps=1))
+    with pytest.raises(InputError, match=r"began with those of .*base, .* with those of .*alone\. Leave out"):
+        train(begun(steps=2, init_from=tmp_path / "alone"))
+    assert train(begun(steps=2, init_from=None))["step"] == 2
+    # By a name that it has elsewhere.
+    monkeypatch.chdir(tmp_path)
+    train(begun(steps=1, out=Path("runs/u"), init_from=Path("base")))
+    monkeypatch.chdir("runs")
+    assert train(begun(steps=2, out=Path("u"), init_from=Path("../base")))["step"] == 2
 
 
 def test_another_model(base, begun, data, tmp_path):

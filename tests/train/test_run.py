@@ -164,19 +164,27 @@ def test_a_full_disk_is_named_when_a_record_does_not_fit(parts):
 
 OTHER = {
     "data": Path("elsewhere"), "steps": 9, "eval_every": 9, "eval_tokens": 9, "sample_every": 9,
-    "sample_prompts": ("x",), "save_every": 9, "keep": 9, "workers": 9, "cuda_graph": False,
+    "sample_prompts": ("x",), "save_every": 9, "keep": 9, "workers": 9, "cuda_graph": False, "micro_rows": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_some_settings_may_change(parts, name):
-    begun(parts)
+    save(begun(parts), 3, parts)
     assert name in FREE
     Run(replace(parts[0], **{name: OTHER[name]}))
 
 
+def test_all_settings_may_change_while_nothing_was_kept(parts):
+    run, other = begun(parts), replace(parts[0], seed=1)
+    Run(other)
+    save(run, 3, parts)
+    with pytest.raises(InputError, match="seed was 0, is 1"):
+        Run(other)
+
+
 def test_a_run_folder_may_be_moved(parts, tmp_path):
-    begun(parts)
+    save(begun(parts), 3, parts)
     parts[0].out.rename(tmp_path / "moved")
     Run(replace(parts[0], out=tmp_path / "moved"))
 
