@@ -51,6 +51,17 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
+def takes_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products on the device are in bfloat16 by this `precision`: auto, float32 or bfloat16.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"precision must be auto, float32, bfloat16; got {precision!r}.")
+    return precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that tensors on the device may still take."""
     if device.type != "cuda":

@@ -207,9 +207,10 @@ def _explain(error: Exception) -> tuple[str, int]:
             f"permissions.",
             2,
         )
+    what = text.rstrip(".") or "no message"
     return (
-        f"error: {type(error).__name__}: {text or 'no message'}. This is a bug in StarLM, not your doing; "
-        f"please report it. --debug prints the traceback.",
+        f"error: {type(error).__name__}: {what}. This is a bug in StarLM, not your doing; please report it. "
+        f"--debug prints the traceback.",
         1,
     )
 

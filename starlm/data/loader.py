@@ -25,6 +25,21 @@ class Batch:
     """int64 [B, T]: column where the document of inputs[b, t] begins in this row; 0 if it began before."""
 
 
+def check_tokens(batch: Batch, split: Split, vocab_size: int) -> None:
+    """Refuse a batch of a split with tokens that the model does not know: only damaged data have them.
+
+    Raises:
+        InputError: there is one.
+    """
+    highest = int(max(batch.inputs.max(), batch.targets.max()))
+    if highest >= vocab_size:
+        raise InputError(
+            f"The data in {split.folder} are damaged: they have the token {highest} of a vocabulary of "
+            f"{vocab_size}. starlm data stats --data {split.folder} --verify says which file it is. Prepare "
+            f"them again, as they were, and run the same command again."
+        )
+
+
 class _Stream:
     """The documents of a split, one after the other in some order, as a ring of tokens."""
 

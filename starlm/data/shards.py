@@ -126,11 +126,14 @@ class Split:
         bos: int,
         num_bytes: int,
         fingerprint: str,
+        folder: Path | str = "memory",
     ) -> None:
         """Args, per shard: tokens: 1-D integer. starts: int64, beginning with 0, rising.
 
         bos: id of <|bos|>. num_bytes: UTF-8 bytes of the text. fingerprint: names this very content.
+        folder: where it lies, for messages.
         """
+        self.folder = folder
         self.name, self.bos, self.num_bytes, self.fingerprint = name, bos, num_bytes, fingerprint
         self._tokens = list(tokens)
         self._bounds = [np.append(start, len(shard)) for start, shard in zip(starts, tokens, strict=True)]
@@ -298,6 +301,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
         bos=meta["bos"],
         num_bytes=entry["bytes"],
         fingerprint=digest.hexdigest(),
+        folder=folder,
     )
     if not tokens or (split.num_tokens, split.num_documents) != (entry["tokens"], entry["documents"]):
         raise damaged(folder / META, f"its shards do not add up to the split {name}")

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-from starlm.data.loader import sequential_rows
+from starlm.data.loader import check_tokens, sequential_rows
 from starlm.data.shards import Split
 from starlm.data.tokenizer import Tokenizer
-from starlm.device import has_bfloat16
+from starlm.device import takes_bfloat16
 from starlm.model.model import StarLM
 
 
@@ -37,17 +37,21 @@ def evaluate(
             have no bytes, count neither here nor there.
         tokens, bytes: how many were predicted.
         split_tokens: how many the split has.
+
+    Raises:
+        InputError: another precision, or damaged data: tokens that the model does not know.
     """
     device = model.head.weight.device
     sizes = torch.from_numpy(tokenizer.byte_lengths()).to(device)
     total = min(split.num_tokens, max_tokens or split.num_tokens)
     nats = text_nats = 0.0
     tokens = size = 0
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    bfloat16 = takes_bfloat16(precision, device)
     training = model.training
     model.eval()
     try:
         for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=rows):
+            check_tokens(batch, split, model.config.vocab_size)
             inputs, targets, first = (
                 torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.first)
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from starlm.device import has_bfloat16, pick_device
+from starlm.device import pick_device, takes_bfloat16
 from starlm.errors import InputError, StarLMError
 from starlm.model.folder import find_checkpoint, verify
 
@@ -37,7 +37,7 @@ def run_tasks(
         device: auto, cpu, cuda, or cuda:N.
 
     Raises:
-        InputError: no usable checkpoint, an unknown task, or the extra `eval` is not installed.
+        InputError: no usable checkpoint, an unknown task or precision, or the extra `eval` is not installed.
         StarLMError: the harness could not run a task.
     """
     folder = find_checkpoint(model)
@@ -56,7 +56,7 @@ def run_tasks(
     from starlm.hf import StarLMForCausalLM
 
     place = pick_device(device)
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16(place))
+    bfloat16 = takes_bfloat16(precision, place)
     files = [task for task in tasks if Path(task).is_file()]
     # It reads thousands of files to know its own tasks.
     manager = TaskManager(include_defaults=len(files) < len(tasks))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from starlm.data.loader import Batch, PackedLoader
+from starlm.data.loader import Batch, PackedLoader, check_tokens
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
 from starlm.device import pick_device
@@ -209,7 +209,8 @@ class _Session:
 
     def _step(self, batch: Batch) -> None:
         """One step of the optimizers, and its record."""
-        self._check(batch)
+        with self._kept():
+            check_tokens(batch, self.data.splits["train"], self.config.model.vocab_size)
         began, config = time.perf_counter(), self.config
         share = self.optimizers.schedule(self.done, config.num_steps)
         loss, norm = self.step(batch)
@@ -226,22 +227,23 @@ class _Session:
             seconds=self.seconds,
         )
 
-    def _check(self, batch: Batch) -> None:
-        """Refuse tokens that the model does not know: only damaged data have them. What is done is saved."""
-        highest, vocab = int(max(batch.inputs.max(), batch.targets.max())), self.config.model.vocab_size
-        if highest >= vocab:
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What is done is saved if the data turn out to be damaged."""
+        try:
+            yield
+        except InputError:
             if self.done > self.run.last_step():
                 self._save()
-            raise InputError(
-                f"The data in {self.config.data} are damaged: they have the token {highest} of a vocabulary "
-                f"of {vocab}. starlm data stats --data {self.config.data} --verify says which file it is. "
-                f"Prepare them again, as they were, and run this again to go on at step {self.done}."
-            )
+            raise
 
     def _validate(self) -> Record:
         most = self.config.eval_tokens or None
         validation = self.data.splits["validation"]
-        result = evaluate(self.model, validation, self.tokenizer, max_tokens=most, precision=self.precision)
+        with self._kept():
+            result = evaluate(
+                self.model, validation, self.tokenizer, max_tokens=most, precision=self.precision
+            )
         self._emit("validation", **result)
         return result
 

@@ -90,6 +90,7 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left", "runs/x"), 1, ["error: The disk is full: runs/x."]),
         (PermissionError(errno.EACCES, "Permission denied", "y"), 2, ["error: Permission denied: y."]),
         (KeyError("depth"), 1, ["error: KeyError: 'depth'.", "a bug in StarLM", "--debug"]),
+        (IndexError("too far."), 1, ["error: IndexError: too far. This is a bug"]),
         (ValueError("a\nb"), 1, ["error: ValueError: a b."]),
         (KeyboardInterrupt(), 130, ["interrupted: The last checkpoint is kept. Run the same command again"]),
     ],

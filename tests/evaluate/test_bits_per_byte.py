@@ -9,6 +9,7 @@ from models import KINDS, make_model
 
 from starlm.data.shards import Split
 from starlm.data.tokenizer import Tokenizer
+from starlm.errors import InputError
 from starlm.evaluate.bits_per_byte import evaluate
 
 TOKENIZER = Tokenizer.train(["def add(a, b):\n    return a + b  # é 🙂\n" * 30], 300)
@@ -130,3 +131,5 @@ def test_precision():
     rounded = evaluate(model, SPLIT, TOKENIZER, precision="bfloat16")
     assert exact != rounded
     assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+    with pytest.raises(InputError, match="precision must be auto, float32, bfloat16; got 'bf16'"):
+        evaluate(model, SPLIT, TOKENIZER, precision="bf16")

@@ -448,6 +448,18 @@ def test_damaged_data_end_a_run_whose_work_is_kept(config, tmp_path):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+def test_damaged_validation_data_are_named(config, tmp_path):
+    damaged = config(data=shutil.copytree(config().data, tmp_path / "data"), eval_every=2, save_every=0)
+    shard = next(damaged.data.glob("validation-*.tokens.npy"))
+    shard.write_bytes(shard.read_bytes()[:128] + b"\xff" * (shard.stat().st_size - 128))
+    with pytest.raises(
+        InputError, match=r"data are damaged: .* token 65535 of a vocabulary of 300.*--verify"
+    ):
+        train(damaged)
+    # What was done was kept.
+    assert Run(damaged).last_step() == 2
+
+
 def test_the_generator_of_random_numbers_is_the_callers(config, tmp_path):
     torch.manual_seed(5)
     wanted = torch.rand(3)
