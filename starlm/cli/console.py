@@ -17,6 +17,8 @@ from starlm.text import printable
 Record = dict[str, Any]
 # Plain progress: a line when this share of the work or this time has passed.
 SHARE, SECONDS = 0.05, 10.0
+# Up to about so many times the same text is worth what new text is (arXiv 2305.16264).
+EPOCHS = 4
 
 
 class Console:
@@ -63,7 +65,7 @@ class Console:
     def training(self) -> Iterator[Callable[[Record], None]]:
         """A function of the training loop's records that shows how far the run is."""
         if self.human.isatty():
-            columns = "loss [bold]{task.fields[loss]}[/]  {task.fields[speed]} tokens/s"
+            columns = "mean loss [bold]{task.fields[loss]}[/]  {task.fields[speed]} tokens/s"
             with _bar(self.human, columns) as bar:
                 yield _BarTraining(bar)
         else:
@@ -183,6 +185,11 @@ class _Training(ABC):
             f"{record['steps']:,} steps, on {record['device']} ({record['threads']} threads, "
             f"{record['precision']})"
         )
+        if record["epochs"] > EPOCHS:
+            self.line(
+                f"every text is seen {record['epochs']:,.1f} times; beyond {EPOCHS} times that gains ever "
+                f"less: take more text or a shorter horizon"
+            )
         if record["resumed"] and self.start == self.steps:
             self.line("all steps were done before; measured again:")
         elif record["resumed"]:
@@ -234,7 +241,7 @@ class _PlainTraining(_Training):
         if self._pace.due(step / self.steps, always=step in (self.start + 1, self.steps)):
             left = (self._clock() - self._began) / (step - self.start) * (self.steps - step)
             self._say(
-                f"step {step:,}/{self.steps:,}  loss {self.loss:.4f}  {self.speed:,.0f} tokens/s  "
+                f"step {step:,}/{self.steps:,}  mean loss {self.loss:.4f}  {self.speed:,.0f} tokens/s  "
                 f"eta {duration(left)}"
             )
 

@@ -7,15 +7,22 @@ from starlm.train.config import TrainConfig
 
 # The measured peak over what is saved for the backward pass: what a pass needs in passing, and the allocator.
 _SLACK = 1.25
+# What ops/cross_entropy.py, which imports torch, holds of the logits: so many, of so many tokens at least.
+CHUNK, CHUNK_ON_GPU, MIN_TOKENS = 1 << 20, 1 << 26, 256
 
 
 def training_plan(config: TrainConfig) -> dict[str, Any]:
-    """Steps, tokens, parameters, FLOPs, and a rough estimate of memory in MiB."""
+    """Steps, tokens, parameters, FLOPs, roughly the memory in MiB; epochs where the data are there."""
+    from starlm.data.shards import META, TokenData
+
     tokens = config.num_steps * config.batch_tokens
+    there = (config.data / META).is_file()
+    epochs = {"epochs": tokens / TokenData.open(config.data).splits["train"].num_tokens} if there else {}
     flops = config.model.flops_per_token()
     return {
         "steps": config.num_steps,
         "tokens": tokens,
+        **epochs,
         "matrix_lr": config.optim.matrix_rate(config.num_steps),
         "parameters": config.model.num_parameters,
         "flops_per_token": flops,
@@ -25,25 +32,36 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
 
 
 def memory(config: TrainConfig) -> dict[str, int]:
-    """MiB in float32: exact for weights, gradients and optimizer state, rough for activations."""
+    """MiB in float32: exact for weights, gradients and optimizer state, rough for activations.
+
+    Where the device is auto, the loss is taken to be computed on a CPU, in small chunks.
+    """
     parts = config.model.num_parameters
     weights = 4 * parts["total"]
     # AdamW keeps two moments of embedding and head, Muon one momentum of the matrices.
     optimizer = 8 * (parts["embedding"] + parts["head"]) + 4 * (parts["mixers"] + parts["mlps"])
-    rows = config.micro_rows or config.rows
+    tokens = (config.micro_rows or config.rows) * config.model.context
+    kept = tokens * _floats_per_token(config.model)
+    loss = _floats_of_loss(config.model, tokens, on_gpu=config.device.startswith("cuda"))
     sizes = {
         "weights": weights,
         "gradients": weights,
         "optimizer": optimizer,
-        "activations": round(_SLACK * 4 * rows * config.model.context * _floats_per_token(config.model)),
+        "activations": round(4 * (_SLACK * kept + loss)),
     }
     sizes["total"] = sum(sizes.values())
     return {name: round(size / 2**20) for name, size in sizes.items()}
 
 
 def _floats_per_token(model: StarLMConfig) -> int:
-    """Numbers that the backward pass needs of each token: so many widths per layer, and the logits."""
+    """Numbers that the backward pass of the layers needs of each token: so many widths per layer."""
     # Counted through torch's saved-tensor hooks: a mixer 9 (attention) to 13 (product), an MLP 2 and twice
-    # its hidden width, the logits twice; their gradient is the third.
+    # its hidden width.
     per_layer = 11 + (2 + 2 * model.mlp_ratio if model.mlp_ratio else 0)
-    return model.depth * model.width * per_layer + 3 * model.vocab_size
+    return model.depth * model.width * per_layer
+
+
+def _floats_of_loss(model: StarLMConfig, tokens: int, *, on_gpu: bool) -> int:
+    """Numbers that the loss holds: a chunk of logits, and the gradients of hidden states and head."""
+    chunk = max(MIN_TOKENS, (CHUNK_ON_GPU if on_gpu else CHUNK) // model.vocab_size)
+    return min(tokens, chunk) * model.vocab_size + (tokens + model.vocab_size) * model.width

@@ -20,8 +20,8 @@ class ReportOptions:
     )
     """Run folders; several are compared."""
     out: Path | None = None
-    """Page to write (.html; a .md of the same name is written beside it). Without it: report.html in the run
-    folder, or comparison.html beside the first of several."""
+    """Page to write (.html; a .md of the same name is written beside it, but over nothing that is no report).
+    Without it: report.html in the run folder, or comparison.html beside the first of several."""
 
 
 def run(options: ReportOptions, console: Console) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from starlm.text import printable
 from starlm.version import __version__
 
 Row = tuple[str, ...]
+# Of the last line of every Markdown twin.
+_SIGNATURE = b"Written by starlm report, version"
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -33,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         The page's path.
 
     Raises:
-        InputError: no run, a folder without metrics, or a place that cannot be written.
+        InputError: no run, a folder without metrics, or a place that cannot be written, or is somebody's .md.
     """
     if not runs:
         raise InputError("Name at least one run folder to report on.")
@@ -41,11 +43,17 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = runs[0] / "report.html" if len(runs) == 1 else runs[0].parent / "comparison.html"
     if out.suffix != ".html":
         raise InputError(f"The report is a page: its name must end in .html; got {out}.")
+    twin = out.with_suffix(".md")
+    if twin.is_file() and _SIGNATURE not in twin.read_bytes():
+        raise InputError(
+            f"{twin}, which is written beside the page, is there and no report. Give the page another name "
+            f"with --out, or move {twin} away."
+        )
     values = _values([read_run(folder) for folder in runs])
     with readable_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, template("page.html.jinja", html=True).render(values).encode())
-    write_whole(out.with_suffix(".md"), template("page.md.jinja", html=False).render(values).encode())
+    write_whole(twin, template("page.md.jinja", html=False).render(values).encode())
     return out
 
 

@@ -270,6 +270,7 @@ class _Session:
             "plan",
             steps=self.config.num_steps,
             start_step=self.start,
+            epochs=self.config.num_steps * self.config.batch_tokens / self.data.splits["train"].num_tokens,
             matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
             # Where the settings say 0, as follows from the depth.
             model={"dim": self.config.model.width, "heads": self.config.model.num_heads},

@@ -53,13 +53,13 @@ def stand_in(monkeypatch):
     return put
 
 
-def training_records(steps=20, start=0, every=10, before=None, held_out=9):
+def training_records(steps=20, start=0, every=10, before=None, held_out=9, epochs=1.5):
     """What a training run says, from plan to end."""
     yield {
         **{"kind": "plan", "step": start, "steps": steps, "start_step": start, "resumed": start > 0},
         **{"parameters": {"total": 5_242_880}, "flops_per_token": 25_000_000, "time": 0.0},
         **{"device": "cpu", "precision": "float32", "threads": 2, "layers": "DDWD", "matrix_lr": 0.0123},
-        "horizon_before": before or steps,
+        **{"horizon_before": before or steps, "epochs": epochs},
     }
     for step in range(start + 1, steps + 1):
         yield {

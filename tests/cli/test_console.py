@@ -38,10 +38,10 @@ def test_plain_lines(capsys, training_records):
     assert "\r" not in out
     lines = out.splitlines()
     assert lines[0] == "5.2 M parameters, layers 3 D and 1 W, 1,000 steps, on cpu (2 threads, float32)"
-    steps = [line for line in lines if re.match(r"step [\d,]+/1,000  loss ", line)]
+    steps = [line for line in lines if re.match(r"step [\d,]+/1,000  mean loss ", line)]
     # The first, the last, and one per 5 %.
     assert 20 <= len(steps) <= 22
-    assert steps[0].startswith("step 1/1,000  loss 7.9000  4,096 tokens/s  eta 0:01")
+    assert steps[0].startswith("step 1/1,000  mean loss 7.9000  4,096 tokens/s  eta 0:01")
     assert "step 250: validation loss 6.5000, 2.5000 bits per byte" in lines
     assert "    |     return [b]<x>" in lines
     assert sum("validation" in line for line in lines) == 4
@@ -70,7 +70,15 @@ def test_a_resumed_run_says_so_and_its_eta_counts_from_there(capsys, training_re
     out = capsys.readouterr().out
     assert "going on at step 90" in out
     assert "horizon" not in out
-    assert "step 91/100  loss -1.1000  4,096 tokens/s  eta 0:18" in out
+    assert "step 91/100  mean loss -1.1000  4,096 tokens/s  eta 0:18" in out
+
+
+@pytest.mark.parametrize("epochs", [4.0, 10.52])
+def test_more_epochs_than_help_are_told(capsys, training_records, epochs):
+    with Console().training() as on_record:
+        on_record(next(training_records(epochs=epochs)))
+    said = f"every text is seen {epochs:.1f} times; beyond 4 times that gains ever less"
+    assert (said in capsys.readouterr().out) == (epochs > 4)
 
 
 def test_another_horizon_and_its_rate_are_told(capsys, training_records):

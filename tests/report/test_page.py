@@ -205,6 +205,19 @@ def test_errors(tmp_path, write_run):
         write_report([folder], tmp_path / "d.html")
 
 
+def test_markdown_that_is_no_report_is_not_written_over(tmp_path, write_run):
+    folder, page = write_run(tmp_path / "a"), tmp_path / "README.html"
+    page.with_suffix(".md").write_text("# Mine\n")
+    with pytest.raises(
+        InputError, match=r"README\.md, .* is there and no report\. Give the page another name"
+    ):
+        write_report([folder], page)
+    assert page.with_suffix(".md").read_text() == "# Mine\n"
+    assert not page.exists()
+    page.with_suffix(".md").unlink()
+    assert write_report([folder], page) == write_report([folder], page)
+
+
 def test_reports_load_no_torch(tmp_path, write_run):
     folder = write_run(tmp_path / "a")
     code = (

@@ -65,6 +65,8 @@ def test_the_loss_falls(config):
     assert heard == records_of(settings.out)
     assert heard[0]["kind"] == "plan"
     assert (heard[0]["steps"], heard[0]["resumed"]) == (40, False)
+    split = TokenData.open(settings.data).splits["train"]
+    assert heard[0]["epochs"] == end["tokens"] / split.num_tokens
     assert heard[0]["model"] == {"dim": settings.model.width, "heads": settings.model.num_heads}
     assert heard[-1] == end
     losses = losses_of(settings.out)
