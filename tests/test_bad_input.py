@@ -291,6 +291,8 @@ def test_vocabularies_that_do_not_fit(home, refused):
         (["--steps", "3"], ["at step 4 already", "another --out"]),
         (["--out", "text"], ["text is not empty and holds no run", "another --out"]),
         (["--out", "text/1.txt"], ["text/1.txt is a file", "another --out, a folder"]),
+        (["--out", "runs/\udcff"], ["out must be a name in UTF-8"]),
+        (["--optim.matrix-lr", "1e38"], ["optim.matrix_lr must be between 0 and", "got 1e38"]),
         (["--out", "/dev/full"], ["/dev/full is a file", "another --out, a folder"]),
         (["--out", "text/1.txt/x"], ["Cannot write text/1.txt/x", "Not a directory", "Choose a folder"]),
     ],

@@ -93,16 +93,20 @@ def _packages(options: DoctorOptions) -> Iterator[Finding]:
 
 def _processor(options: DoctorOptions) -> Iterator[Finding]:
     import psutil
+    import torch
+
+    from starlm.device import free_memory
 
     cores, memory = psutil.cpu_count(logical=False), psutil.virtual_memory()
     yield Finding(
         name="processor", value=f"{processor()}: {cores} cores, {_usable_threads()} threads usable here"
     )
-    low = "Under 2 GiB is free: close programs, or train with a smaller --batch-tokens and --model.depth."
+    free = free_memory(torch.device("cpu"))
+    low = "Under 2 GiB is usable: close programs, or train with a smaller --batch-tokens and --model.depth."
     yield Finding(
         name="memory",
-        value=f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}",
-        problem=low if memory.available < 2 * GIB else "",
+        value=f"{free / GIB:.1f} GiB usable here of {memory.total / GIB:.1f} of the machine",
+        problem=low if free < 2 * GIB else "",
     )
 
 

@@ -102,9 +102,12 @@ def _cure(error: BaseException) -> str:
 
 
 def _numbers(measures: dict[str, Any]) -> dict[str, float]:
-    """Name -> number; the harness's names end with the filter of the answers, mostly none."""
+    """Name -> number; the harness's names end with the filter of the answers, mostly none.
+
+    What it calls sample_len is how many examples there were.
+    """
     return {
         name.removesuffix(",none"): value
         for name, value in measures.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "sample_len"
     }

@@ -13,10 +13,12 @@ Precision = Literal["float32", "bfloat16"]
 
 # The best rate of the matrices in runs of up to so many steps, and how it falls beyond: docs/evidence.md.
 _SHORT_LR, _SHORT_STEPS, _POWER = 0.02, 300, 0.32
+# Far beyond any use, while products of two of them still fit into float32.
+_LARGEST = 1e9
 
 
 def _is_size(x: float | None) -> bool:
-    return x is None or 0 <= x < math.inf
+    return x is None or 0 <= x <= _LARGEST
 
 
 def seen_from_here(named: Path, *, run: Path, out: Path) -> Path:
@@ -67,7 +69,7 @@ class OptimConfig:
             (
                 ("matrix_lr", "shift_lr", "embedding_lr", "head_lr", "weight_decay", "clip"),
                 _is_size,
-                "0 or more",
+                f"between 0 and {_LARGEST:g}",
             ),
             (("momentum", "beta1", "beta2"), lambda x: 0 <= x < 1, "0 or more and below 1"),
             (("warmup", "warmdown", "final"), lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -96,8 +98,9 @@ class TrainConfig:
     out: Path = Path("runs/base")
     """Run folder. If it holds a run already, that run goes on where it was."""
     init_from: Path | None = None
-    """Run or checkpoint folder whose weights the run begins with, instead of random ones. The model is its
-    own, but for `context`, and the data need its tokenizer: `starlm data prepare --tokenizer`."""
+    """Run or checkpoint folder whose weights the run begins with, instead of random ones. The model must be
+    its own, but for `context`: the command line takes it, in Python starlm.model.folder.read_model_config
+    reads it. The data need its tokenizer: `starlm data prepare --tokenizer`."""
     model: StarLMConfig = field(default_factory=StarLMConfig)
     """The model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -144,6 +147,9 @@ class TrainConfig:
             if not ok:
                 raise InputError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
+        for name in ("data", "out", "init_from"):
+            ok = not any("\ud800" <= letter <= "\udfff" for letter in str(getattr(self, name)))
+            require(ok, "a name in UTF-8, which run.toml can hold", name)
         horizons = [self.steps, self.tokens, self.tokens_per_param]
         if sum(h is not None for h in horizons) > 1:
             raise InputError(

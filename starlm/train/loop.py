@@ -130,8 +130,9 @@ class _Session:
         if changed := differences(theirs, ours, "model."):
             said = "; ".join(f"{name} is {a!r} there, {b!r} here" for name, a, b in changed)
             raise InputError(
-                f"{folder} holds another model: {said}. Leave these settings out to take its own, or train a "
-                f"new model without init_from."
+                f"{folder} holds another model: {said}. Leave these settings out to take its own (in Python: "
+                f"model=starlm.model.folder.read_model_config(Path({str(folder)!r}))), or train a new model "
+                f"without init_from."
             )
         if Tokenizer.load(folder).fingerprint != self.tokenizer.fingerprint:
             raise InputError(

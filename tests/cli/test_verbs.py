@@ -379,6 +379,16 @@ def test_doctor_does_not_blame_the_installation_for_an_option(command, option, v
     assert words in done.err
 
 
+def test_doctor_knows_the_end_of_a_containers_memory(command, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2**29}\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 0\n")
+    monkeypatch.setattr("starlm.device._CGROUP", tmp_path)
+    done = command("doctor", "--matmul-size", "64", "--json")
+    assert done.json["machine"]["memory"].startswith("0.5 GiB usable here of ")
+    assert "Under 2 GiB is usable" in done.json["problems"]["memory"]
+
+
 def test_doctor_survives_what_it_looks_for(command, monkeypatch):
     import starlm.ops
 

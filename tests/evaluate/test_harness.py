@@ -109,6 +109,7 @@ def test_accuracy_is_that_of_the_model(capsys):
     said = capsys.readouterr()
     result = json.loads(said.out.splitlines()[-1])
     assert result["lm_eval"]["toy"]["acc"] == 9 / 12
+    assert "sample_len" not in result["lm_eval"]["toy"]
     assert main([*command, "--limit", "5"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["lm_eval"]["toy"]["acc"] == 1

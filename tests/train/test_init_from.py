@@ -14,6 +14,7 @@ from starlm.data.shards import TokenData
 from starlm.errors import InputError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.generate.text import load
+from starlm.model.folder import find_checkpoint, read_model_config
 from starlm.train.config import TrainConfig
 from starlm.train.loop import train
 from starlm.train.run import read_config
@@ -116,9 +117,14 @@ def test_another_model(base, begun, data, tmp_path):
     for words in ("model.depth is 2 there, 3 here", "model.softcap is 15.0 there, 0.0 here", "Leave"):
         assert words in str(error.value)
     # Nor is it a matter of the vocabulary, where all settings are the default's.
-    with pytest.raises(InputError, match=r"model.vocab_size is 300 there, 4096 here"):
-        train(TrainConfig(init_from=tmp_path / "base", data=data, out=tmp_path / "next"))
+    settings = TrainConfig(init_from=tmp_path / "base", data=data, out=tmp_path / "next", steps=1)
+    with pytest.raises(InputError, match=r"model.vocab_size is 300 there, 4096 here") as error:
+        train(settings)
     assert not (tmp_path / "next").exists()
+    # The cure of the message.
+    folder = find_checkpoint(tmp_path / "base")
+    assert f"model=starlm.model.folder.read_model_config(Path('{folder}'))" in str(error.value)
+    assert train(replace(settings, model=replace(read_model_config(folder), context=32)))["step"] == 1
 
 
 @pytest.mark.parametrize("vocab", [300, 290])
