@@ -30,7 +30,7 @@ class PrepareOptions:
     out: Path = Path("data")
     """Folder to write."""
     vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained on the text; at least 265."""
+    """Tokens of the tokenizer that is trained on the text, or on 50 MB from all over it; at least 265."""
     tokenizer: Path | None = None
     """Take this tokenizer instead: a tokenizer.json, or a folder of data, a run or a checkpoint."""
     validation_fraction: float = 0.05
@@ -74,6 +74,8 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     if report.skipped:
         more = ", ..." if report.skipped > len(report.skipped_first) else ""
         console.say(f"Passed over {report.skipped:,} without text: {', '.join(report.skipped_first)}{more}")
+    if options.tokenizer is None:
+        say_if_fewer(report.vocab_size, options.vocab_size, console)
     held_out = _say_splits(options.out, console)["validation"]["tokens"]
     if held_out < FEW:
         console.say(
@@ -107,6 +109,15 @@ def source_list(sources: tuple[str, ...]) -> Any:
     if len(sources) > 1:
         raise InputError("`embedded` stands alone; got it beside other sources. Write ./embedded for a path.")
     return "embedded"
+
+
+def say_if_fewer(vocab_size: int, wanted: int, console: Console) -> None:
+    """Say so if a tokenizer has fewer tokens than it was to have."""
+    if vocab_size < wanted:
+        console.say(
+            f"The tokenizer has {vocab_size:,} tokens, not {wanted:,}: its text has no further pairs that "
+            f"occur twice."
+        )
 
 
 def _stats(options: StatsOptions, console: Console) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from starlm.cli.console import Console, piped
-from starlm.cli.data import VOCABULARIES, source_list
+from starlm.cli.data import VOCABULARIES, say_if_fewer, source_list
 from starlm.cli.options import Verb
 from starlm.errors import InputError
 from starlm.files import readable_os_errors
@@ -65,6 +65,7 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
         raise no_text(files)
     path = tokenizer.save(options.out)
     console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
+    say_if_fewer(tokenizer.vocab_size, options.vocab_size, console)
     return {
         "path": str(path),
         "vocab_size": tokenizer.vocab_size,

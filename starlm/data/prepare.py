@@ -36,8 +36,10 @@ from starlm.data.tokenizer import FILE, Tokenizer, check_vocab_size
 from starlm.errors import InputError
 from starlm.files import check_place, readable_os_errors, settle, sha256, whole_folder
 
-# A tokenizer of some thousand tokens does not get better with more text.
+# A tokenizer of some thousand tokens does not get better with more text, as long as it is from all over.
 TOKENIZER_BYTES = 50_000_000
+# Characters of a part: of each long document some are taken.
+_PART = 1 << 16
 # Characters encoded in one go: enough for all cores, few enough for the library's memory.
 _BATCH = 1 << 22
 # Documents are held out by their names, so of few documents that may be most of the text. Beyond so many
@@ -98,7 +100,8 @@ def prepare(
             "embedded" is the Python standard library's source.
         out: the folder to write; it appears whole or not at all. If it holds this very preparation of
             unchanged sources, nothing is done.
-        vocab_size: of the tokenizer to train; see `Tokenizer.train`.
+        vocab_size: of the tokenizer to train, on the training documents; of more than 50 MB of text, on 50 MB
+            from all over them. See `Tokenizer.train`.
         tokenizer: a tokenizer.json, or a folder with one, to use instead of training one.
         validation_fraction: expected share of documents in validation, between 0 and 1.
         text_field: the key or column that holds the text in .jsonl and .parquet.
@@ -196,6 +199,8 @@ class _Plan:
     text_field: str
     fraction: float
     count: int
+    total: int
+    """Bytes of all documents."""
     skipped: list[str]
     limit: int
     """Documents whose `position_of` lies below are validation."""
@@ -230,6 +235,7 @@ class _Plan:
             text_field=text_field,
             fraction=fraction,
             count=count,
+            total=total,
             skipped=skipped,
             limit=min(max(wanted, lowest[0] + 1), highest[0]),
             most=most,
@@ -289,14 +295,21 @@ def _halves(document: Document, fraction: float) -> Iterator[tuple[str, Document
 
 
 def _training_texts(plan: _Plan, report: Progress) -> Iterator[str]:
-    done = 0
+    """What the tokenizer learns from: the documents of training, or as large a share of each as it needs."""
+    share, done = TOKENIZER_BYTES / plan.total, 0
     for name, document in plan.documents():
         if name == "train":
-            yield document.text[: TOKENIZER_BYTES - done]
-            done += _bytes(document)
-            report("tokenizer", done, None)
-            if done >= TOKENIZER_BYTES:
-                return
+            for text in [document.text] if share >= 1 else _share(document, share):
+                yield text
+                done += len(text.encode("utf-8"))
+                report("tokenizer", done, None)
+
+
+def _share(document: Document, share: float) -> Iterator[str]:
+    """Parts of the document, chosen by their places: not by order, lest the first sources be all."""
+    for begin in range(0, len(document.text), _PART):
+        if position_of(f"{document.source} {begin}") < share * 2**64:
+            yield document.text[begin : begin + _PART]
 
 
 def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:

@@ -119,6 +119,7 @@ def fake_data(stand_in):
     @dataclass
     class PrepareReport:
         out: Path
+        vocab_size: int = 4096
         tokens: int = 100
         skipped: int = 0
         skipped_first: tuple[str, ...] = ()

@@ -118,6 +118,16 @@ def test_data_prepare_says_what_is_little(command):
     assert "vocabulary: 265 tokens" in many.out
 
 
+@pytest.mark.parametrize("verb", [("data", "prepare"), ("tokenizer", "train")])
+def test_a_small_vocabulary_is_said(command, verb):
+    Path("text.txt").write_text("one two three\n" * 50)
+    done = command(*verb, "text.txt", "--out", "out", "--vocab-size", "500")
+    assert done.code == 0, done.err
+    size = Tokenizer.load("out").vocab_size
+    assert f"The tokenizer has {size} tokens, not 500: its text has no further pairs" in done.out
+    assert "not 265" not in command(*verb, "text.txt", "--out", "few", "--vocab-size", "265").out
+
+
 def test_data_prepare_with_a_tokenizer_that_is_there(command):
     Path("text").mkdir()
     Path("text/a.txt").write_text("one\n" * 50)

@@ -227,6 +227,22 @@ def test_the_tokenizer_reads_no_more_than_it_needs(corpus, tmp_path, monkeypatch
     TokenData.open(tmp_path / "out").verify()
 
 
+@pytest.mark.parametrize("files", [1, 40])
+def test_the_tokenizer_learns_from_all_sources(tmp_path, monkeypatch, files):
+    """From a part of each, if all would be too much: of long documents and of many."""
+    monkeypatch.setattr(module, "TOKENIZER_BYTES", 20_000)
+    monkeypatch.setattr(module, "_PART", 200)
+    words, stages = {"english": "house ", "russian": "дом "}, []
+    for name, word in words.items():
+        write(tmp_path / name, **{f"{name}{n}": word * (8000 // files) for n in range(files)})
+    sources = [tmp_path / name for name in words]
+    prepare(sources, tmp_path / "out", vocab_size=280, progress=lambda *v: stages.append(v))
+    taken = max(done for stage, done, _ in stages if stage == "tokenizer")
+    assert taken == pytest.approx(20_000, rel=0.3)
+    tokens = Tokenizer.load(tmp_path / "out")
+    assert [len(tokens.encode(f" {word.strip()}")) for word in words.values()] == [1, 1]
+
+
 def test_a_given_tokenizer_is_used(corpus, tmp_path):
     given = Tokenizer.train(["abc def " * 50], 268)
     given.save(tmp_path / "mine.json")
