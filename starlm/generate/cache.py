@@ -1,5 +1,6 @@
 """Decode states of prompts that were read, for prompts that begin alike."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from starlm.model.state import DecodeState
 FEWEST = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     tokens: np.ndarray
     state: DecodeState
@@ -24,7 +25,9 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         """Args: limit: bytes that may be held; 0 keeps nothing."""
         self.limit, self.num_bytes, self.hits, self.misses = limit, 0, 0, 0
-        self._entries: list[_Entry] = []
+        # The least recently used first; and by how they begin, since only what begins alike can serve.
+        self._entries: OrderedDict[_Entry, None] = OrderedDict()
+        self._alike: dict[bytes, list[_Entry]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -32,7 +35,7 @@ class PrefixCache:
     def find(self, tokens: Sequence[int]) -> DecodeState | None:
         """A copy of the state that has read most of the beginning of `tokens`, and not all of them."""
         wanted, best, length = np.asarray(tokens, np.int64), None, FEWEST - 1
-        for entry in self._entries:
+        for entry in self._alike.get(_beginning(wanted), ()):
             common = _common(entry.tokens, wanted[:-1])
             if common > length and _reaches(entry.state, common):
                 best, length = entry, common
@@ -52,7 +55,7 @@ class PrefixCache:
         ids = np.asarray(tokens, np.int64)
         if len(ids) < FEWEST or state.num_bytes + ids.nbytes > self.limit:
             return
-        for other in list(self._entries):
+        for other in list(self._alike.get(_beginning(ids), ())):
             common = _common(other.tokens, ids)
             if common == len(ids) and _reaches(other.state, common):
                 self._use(other)
@@ -61,26 +64,40 @@ class PrefixCache:
                 self._drop(other)
         state = state.fork() if copy else state
         entry = _Entry(ids, state, state.num_bytes + ids.nbytes)
-        self._entries.append(entry)
+        self._add(entry)
         self.num_bytes += entry.num_bytes
         while self.num_bytes > self.limit:
-            self._drop(self._entries[0])
+            self._drop(next(iter(self._entries)))
 
     def clear(self) -> None:
         """Forget all states."""
         self._entries.clear()
+        self._alike.clear()
         self.num_bytes = 0
+
+    def _add(self, entry: _Entry) -> None:
+        self._entries[entry] = None
+        self._alike.setdefault(_beginning(entry.tokens), []).append(entry)
 
     def _use(self, entry: _Entry) -> None:
         self._remove(entry)
-        self._entries.append(entry)
+        self._add(entry)
 
     def _drop(self, entry: _Entry) -> None:
         self._remove(entry)
         self.num_bytes -= entry.num_bytes
 
     def _remove(self, entry: _Entry) -> None:
-        self._entries = [other for other in self._entries if other is not entry]
+        del self._entries[entry]
+        beginning = _beginning(entry.tokens)
+        alike = self._alike[beginning]
+        alike.remove(entry)
+        if not alike:
+            del self._alike[beginning]
+
+
+def _beginning(tokens: np.ndarray) -> bytes:
+    return tokens[:FEWEST].tobytes()
 
 
 def _common(one: np.ndarray, two: np.ndarray) -> int:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from models import make_model
 from relations import assert_close
 
+from starlm.generate import cache as module
 from starlm.generate.cache import FEWEST, PrefixCache
 
 KINDS = ["star mixed", "gated", "gated, bounded"]
@@ -71,6 +72,22 @@ def test_a_state_that_another_covers_is_not_kept():
         cache.put(tokens[:length], state_of(model, tokens[:length]))
         assert len(cache) == 1
     assert cache.find(tokens).lengths == [59]
+
+
+def test_a_prompt_is_compared_with_those_that_begin_alike_only(monkeypatch):
+    compared, cache = [], PrefixCache(1 << 30)
+    common = module._common
+    monkeypatch.setattr(module, "_common", lambda *pair: compared.append(pair) or common(*pair))
+    state = state_of(MODELS["gated"], [1] * 20)
+    for number in range(100):
+        cache.put([number] * 20, state, copy=True)
+    assert (len(cache), compared) == (100, [])
+    assert cache.find([7] * 30).lengths == [20]
+    assert cache.find([100] * 30) is None
+    cache.put([7] * 20, state)
+    assert (len(cache), len(compared)) == (100, 2)
+    cache.clear()
+    assert (cache.find([7] * 30), len(cache._alike)) == (None, 0)
 
 
 @pytest.mark.parametrize("limit", [0, 1000])
