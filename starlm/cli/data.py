@@ -29,8 +29,9 @@ class PrepareOptions:
     hf:OWNER/NAME/PATH, a Hugging Face dataset or a part of it; `embedded`, Python's standard library."""
     out: Path = Path("data")
     """Folder to write."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained on the text, or on 50 MB from all over it; at least 265."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer that is trained on the text, or on 50 MB from all over it; at least 265.
+    Without it 4096."""
     tokenizer: Path | None = None
     """Take this tokenizer instead: a tokenizer.json, or a folder of data, a run or a checkpoint."""
     validation_fraction: float = 0.05
@@ -55,7 +56,7 @@ class StatsOptions:
 
 def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     from starlm.data.documents import left_out
-    from starlm.data.prepare import prepare
+    from starlm.data.prepare import VOCAB_SIZE, prepare
     from starlm.model.folder import find_checkpoint
 
     sources = source_list(options.sources)
@@ -74,8 +75,10 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     if report.skipped:
         more = ", ..." if report.skipped > len(report.skipped_first) else ""
         console.say(f"Passed over {report.skipped:,} without text: {', '.join(report.skipped_first)}{more}")
+    if report.reused:
+        console.say(f"{options.out} holds this very preparation of unchanged sources, so nothing was done.")
     if options.tokenizer is None:
-        say_if_fewer(report.vocab_size, options.vocab_size, console)
+        say_if_fewer(report.vocab_size, options.vocab_size or VOCAB_SIZE, console)
     held_out = _say_splits(options.out, console)["validation"]["tokens"]
     if held_out < FEW:
         console.say(

@@ -50,7 +50,7 @@ def _prepare(config: TrainConfig, console: Console) -> None:
             prepare(
                 "embedded",
                 config.data,
-                vocab_size=config.model.vocab_size,
+                vocab_size=config.model.vocab_size if config.init_from is None else None,
                 tokenizer=config.init_from,
                 progress=progress,
             )

@@ -36,6 +36,7 @@ from starlm.data.tokenizer import FILE, Tokenizer, check_vocab_size
 from starlm.errors import InputError
 from starlm.files import check_place, readable_os_errors, settle, sha256, whole_folder
 
+VOCAB_SIZE = 4096
 # A tokenizer of some thousand tokens does not get better with more text, as long as it is from all over.
 TOKENIZER_BYTES = 50_000_000
 # Characters of a part: of each long document some are taken.
@@ -52,6 +53,8 @@ _LINE = 1000
 # How many of the documents that were passed over are named.
 _NAMED = 10
 _OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
+# What file managers leave in any folder.
+_LITTER = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,8 @@ def prepare(
     sources: Iterable[str | Path] | Literal["embedded"],
     out: str | Path,
     *,
-    vocab_size: int = 4096,
-    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     validation_fraction: float = 0.05,
     text_field: str = "text",
     skip_unreadable: bool = False,
@@ -101,8 +104,8 @@ def prepare(
         out: the folder to write; it appears whole or not at all. If it holds this very preparation of
             unchanged sources, nothing is done.
         vocab_size: of the tokenizer to train, on the training documents; of more than 50 MB of text, on 50 MB
-            from all over them. See `Tokenizer.train`.
-        tokenizer: a tokenizer.json, or a folder with one, to use instead of training one.
+            from all over them; without it, 4096. See `Tokenizer.train`.
+        tokenizer: one to use instead of training one; also a tokenizer.json, or a folder with one.
         validation_fraction: expected share of documents in validation, between 0 and 1.
         text_field: the key or column that holds the text in .jsonl and .parquet.
         skip_unreadable: pass over files of plain text that cannot be read or are not UTF-8, as over empty
@@ -119,8 +122,14 @@ def prepare(
     report = progress or (lambda stage, done, total: None)
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must be above 0 and below 1; got {validation_fraction}.")
+    size = VOCAB_SIZE if vocab_size is None else vocab_size
     if tokenizer is None:
-        check_vocab_size(vocab_size)
+        check_vocab_size(size)
+    elif vocab_size is not None:
+        raise InputError(
+            f"A tokenizer that is there has its vocabulary, so vocab_size ({vocab_size}) cannot be met. "
+            f"Leave out vocab_size (or the preset that sets it), or tokenizer."
+        )
     out = Path(out)
     with readable_os_errors(out):
         there = out.exists()
@@ -129,10 +138,10 @@ def prepare(
     files = _find(sources, report)
     if skip_unreadable:
         files = [replace(file, required=suffix_of(file.path.name) not in TEXT_SUFFIXES) for file in files]
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     options = {
         "tokenizer": given.fingerprint if given else None,
-        "vocab_size": None if given else vocab_size,
+        "vocab_size": None if given else size,
         "validation_fraction": validation_fraction,
         "text_field": text_field,
         "skip_unreadable": skip_unreadable,
@@ -148,7 +157,7 @@ def prepare(
     check_place(out)
 
     plan = _Plan.scan(files, text_field, validation_fraction, report)
-    tokens = given or Tokenizer.train(_training_texts(plan, report), vocab_size)
+    tokens = given or Tokenizer.train(_training_texts(plan, report), size)
     with whole_folder(out.resolve()) as folder:
         writers = {
             name: ShardWriter(
@@ -187,6 +196,8 @@ def prepare(
         }
         if _identity(files, options) != identity:
             raise InputError("A source changed while it was read. Run the same command again.")
+        # Somebody may have put something there meanwhile.
+        _check_out(out, identity, overwrite)
         (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return _report(meta, out, reused=False, seconds=time.perf_counter() - began)
 
@@ -362,7 +373,7 @@ def _check_out(out: Path, identity: str, overwrite: bool) -> TokenData | None:
         return None
     if not out.is_dir():
         raise InputError(f"{out} is a file. Choose another --out, a folder.")
-    names = [path.name for path in out.iterdir()]
+    names = [path.name for path in out.iterdir() if not _LITTER.fullmatch(path.name)]
     if not names:
         return None
     if META not in names or not all(_OURS.fullmatch(name) for name in names):

@@ -119,6 +119,7 @@ def fake_data(stand_in):
     @dataclass
     class PrepareReport:
         out: Path
+        reused: bool = False
         vocab_size: int = 4096
         tokens: int = 100
         skipped: int = 0
@@ -145,6 +146,6 @@ def fake_data(stand_in):
         def verify(self):
             type(self).verified += 1
 
-    stand_in("starlm.data.prepare", prepare=prepare)
+    stand_in("starlm.data.prepare", prepare=prepare, VOCAB_SIZE=4096)
     stand_in("starlm.data.shards", TokenData=TokenData, META="meta.json")
     return SimpleNamespace(prepared=calls, kind=TokenData)

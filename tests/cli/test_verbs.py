@@ -128,6 +128,29 @@ def test_a_small_vocabulary_is_said(command, verb):
     assert "not 265" not in command(*verb, "text.txt", "--out", "few", "--vocab-size", "265").out
 
 
+def test_data_prepare_says_that_it_was_done_before(command):
+    Path("text.txt").write_text("one two three\n" * 50)
+    words = ("data", "prepare", "text.txt", "--out", "out", "--vocab-size", "265")
+    outs = [command(*words).out for _ in range(2)]
+    assert ["out holds this very preparation" in out for out in outs] == [False, True]
+
+
+@pytest.mark.parametrize("words", [("--vocab-size", "1000"), ("--preset", "bytes")])
+def test_a_tokenizer_that_is_there_has_its_vocabulary(command, words):
+    Tokenizer.train(["two"], 265).save(Path("t.json").absolute())
+    done = command("data", "prepare", "embedded", "--tokenizer", "t.json", *words)
+    assert done.code == 2
+    assert "has its vocabulary, so vocab_size" in done.err
+    assert "(or the preset that sets it)" in done.err
+
+
+def test_demo_from_another_model_has_its_tokenizer(command, fake_train, fake_data):
+    write_model_folder(Path("old").absolute())
+    assert command("demo", "--steps", "20", "--init-from", "old").code == 0
+    options = fake_data.prepared[0][2]
+    assert (options["tokenizer"], options["vocab_size"]) == (Path("old"), None)
+
+
 def test_data_prepare_with_a_tokenizer_that_is_there(command):
     Path("text").mkdir()
     Path("text/a.txt").write_text("one\n" * 50)

@@ -250,7 +250,10 @@ def test_a_given_tokenizer_is_used(corpus, tmp_path):
     assert report.vocab_size == 268
     assert Tokenizer.load(tmp_path / "out").fingerprint == given.fingerprint
     TokenData.open(tmp_path / "out").verify()
-    assert prepare([corpus / "text"], tmp_path / "out", tokenizer=tmp_path / "mine.json").reused
+    for tokenizer in (tmp_path / "mine.json", str(tmp_path), given):
+        if tokenizer == str(tmp_path):
+            given.save(tmp_path)
+        assert prepare([corpus / "text"], tmp_path / "out", tokenizer=tokenizer).reused
 
 
 OPTIONS = {"vocab_size": 270, "validation_fraction": 0.3, "shard_tokens": 200}
@@ -324,6 +327,45 @@ def test_damaged_data_is_prepared_again(corpus):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("out", ["data", "new", "empty"])
+def test_what_appears_meanwhile_is_not_replaced(corpus, out, overwrite):
+    (corpus / "empty").mkdir()
+
+    def work(stage, done, total):
+        if stage == "encode":
+            (corpus / out).mkdir(exist_ok=True)
+            (corpus / out / "thesis.txt").write_text("years")
+
+    (corpus / "data" / "train-00000.tokens.npy").write_bytes(b"damaged")
+    before = tree(corpus / "data")
+    with pytest.raises(InputError, match="something else than prepared data"):
+        prepare([corpus / "text"], corpus / out, overwrite=overwrite, progress=work, **OPTIONS)
+    assert tree(corpus / out)["thesis.txt"] == b"years"
+    assert before.items() <= tree(corpus / "data").items()
+    assert sorted(path.name for path in corpus.iterdir()) == sorted({"data", "empty", "text", out})
+
+
+def test_of_two_preparations_the_second_to_end_does_not_replace_the_first(corpus):
+    def other(stage, done, total):
+        if stage == "encode" and not (corpus / "new").exists():
+            shutil.copytree(corpus / "data", corpus / "new")
+
+    with pytest.raises(InputError, match="new holds another preparation"):
+        prepare([corpus / "text"], corpus / "new", vocab_size=265, progress=other)
+    assert tree(corpus / "new") == tree(corpus / "data")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._meta.json", "Thumbs.db", "desktop.ini", ".directory"])
+def test_what_file_managers_leave_is_in_nobodys_way(corpus, name):
+    (corpus / "data" / name).write_text("x")
+    assert prepare([corpus / "text"], corpus / "data", **OPTIONS).reused
+    assert not prepare([corpus / "text"], corpus / "data", overwrite=True, **OPTIONS).reused
+    (corpus / "empty").mkdir()
+    (corpus / "empty" / name).write_text("x")
+    assert not prepare([corpus / "text"], corpus / "empty", **OPTIONS).reused
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_foreign_folders_are_never_replaced(corpus, overwrite):
     for name, text in (("thesis.txt", "years"), (".git", "x"), ("train-00000.tokens.npy.bak", "x")):
         (corpus / "data" / name).write_text(text)
@@ -373,8 +415,9 @@ def test_sources_that_change_meanwhile_are_refused(corpus, tmp_path):
         ({"validation_fraction": 1}, "above 0 and below 1; got 1"),
         ({"validation_fraction": float("nan")}, "above 0 and below 1; got nan"),
         ({"vocab_size": 264}, "vocab_size must be at least 265"),
+        ({"vocab_size": 300, "tokenizer": "t"}, r"so vocab_size \(300\) cannot be met\. Leave out"),
         ({"shard_tokens": 0}, "shard_tokens must be 1 or more"),
-        ({"tokenizer": "nowhere.json"}, "no readable tokenizer at nowhere.json"),
+        ({"vocab_size": None, "tokenizer": "nowhere.json"}, "no readable tokenizer at nowhere.json"),
     ],
 )
 def test_impossible_options_leave_nothing(corpus, tmp_path, options, message):
