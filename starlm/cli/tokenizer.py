@@ -1,5 +1,6 @@
 """starlm tokenizer: make one, and see how it cuts a text."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ class TrainOptions:
         "embedded",
     )
     """As of `starlm data prepare`."""
-    out: Path = Path("tokenizer.json")
-    """File to write; an existing one is replaced."""
+    out: Annotated[str, tyro.conf.arg(metavar="PATH")] = "tokenizer.json"
+    """File to write; an existing one is replaced. Or a folder, there or with a slash at the end, for a
+    tokenizer.json in it; not one of data, a run or a checkpoint, which have their own."""
     vocab_size: int = 4096
     """Tokens, with the 256 bytes and 9 special ones."""
     text_field: str = "text"
@@ -46,9 +48,9 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
     from starlm.data.tokenizer import Tokenizer, check_vocab_size
 
     check_vocab_size(options.vocab_size)
-    sources = source_list(options.sources)
-    with readable_os_errors(options.out):
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    sources, out = source_list(options.sources), _place(options.out)
+    with readable_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     size = documents = 0
     with console.progress() as progress:
         files = embedded_corpus() if sources == "embedded" else find_files(local(sources, progress))
@@ -63,7 +65,7 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
         tokenizer = Tokenizer.train(texts(), options.vocab_size)
     if not documents:
         raise no_text(files)
-    path = tokenizer.save(options.out)
+    path = tokenizer.save(out)
     console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
     say_if_fewer(tokenizer.vocab_size, options.vocab_size, console)
     return {
@@ -73,6 +75,30 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
         "bytes": size,
         "fingerprint": tokenizer.fingerprint,
     }
+
+
+def _place(out: str) -> Path:
+    """The file that `out` means.
+
+    Raises:
+        InputError: it would be the tokenizer of data, a run or a checkpoint.
+    """
+    from starlm.data.shards import META
+    from starlm.data.tokenizer import FILE
+    from starlm.model.folder import CONFIG, MANIFEST
+
+    path = Path(out)
+    file = path / FILE if path.is_dir() or out.endswith(("/", os.sep)) else path
+    with readable_os_errors(file):
+        folder = file.resolve().parent
+    holds = {META: "prepared data", "run.toml": "a run", CONFIG: "a checkpoint", MANIFEST: "a checkpoint"}
+    for name, what in holds.items():
+        if (folder / name).is_file():
+            raise InputError(
+                f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
+                f"would spoil. Choose another --out."
+            )
+    return file
 
 
 def _show(options: ShowOptions, console: Console) -> dict[str, Any]:

@@ -210,6 +210,37 @@ def test_tokenizer_train_reads_nothing_for_a_vocabulary_that_cannot_be(command):
     assert (done.code, "vocab_size must be at least 265" in done.err) == (2, True)
 
 
+@pytest.mark.parametrize("out", ["data", "data/new.json", "link.json"])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("meta.json", "prepared data"),
+        ("run.toml", "a run"),
+        ("config.json", "a checkpoint"),
+        ("manifest.json", "a checkpoint"),
+    ],
+)
+def test_tokenizer_train_spoils_no_folder(command, out, name, what):
+    Path("data").mkdir()
+    Path("data", name).write_text("{}")
+    Path("data/tokenizer.json").write_text("as it was")
+    Path("link.json").symlink_to(Path("data/tokenizer.json").absolute())
+    done = command("tokenizer", "train", "nowhere", "--out", out)
+    assert done.code == 2
+    assert f"is not written: its folder holds {what} ({name})" in " ".join(done.err.split())
+    assert Path("data/tokenizer.json").read_text() == "as it was"
+    assert len(list(Path("data").iterdir())) == 2
+
+
+def test_tokenizer_train_into_a_folder(command):
+    Path("text.txt").write_text("one two\n" * 50)
+    Path("there").mkdir()
+    for out in ("there", "new/toks/"):
+        done = command("tokenizer", "train", "text.txt", "--out", out, "--vocab-size", "265")
+        assert done.code == 0, done.err
+        assert Tokenizer.load(Path(out, "tokenizer.json")).vocab_size == 265
+
+
 def test_tokenizer_show_reads_stdin(command, monkeypatch):
     Tokenizer.train(["abc"], 265).save(Path("t.json").absolute())
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
