@@ -41,7 +41,7 @@ class PrepareOptions:
     skip_unreadable: bool = False
     """Pass over .txt, .md and .py files that cannot be read or are not UTF-8. Else the first is an error."""
     overwrite: bool = False
-    """Replace the folder if it is there."""
+    """Replace the folder if it is there, and fetch files again that have changed at their addresses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     if report.skipped:
         more = ", ..." if report.skipped > len(report.skipped_first) else ""
         console.say(f"Passed over {report.skipped:,} without text: {', '.join(report.skipped_first)}{more}")
+    for note in report.notes:
+        console.say(note)
     if report.reused:
         console.say(f"{options.out} holds this very preparation of unchanged sources, so nothing was done.")
     if options.tokenizer is None:

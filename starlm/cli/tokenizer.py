@@ -43,17 +43,17 @@ class ShowOptions:
 
 
 def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
-    from starlm.data.documents import embedded_corpus, find_files, iter_documents, no_text
-    from starlm.data.download import local
+    from starlm.data.documents import iter_documents, no_text
+    from starlm.data.prepare import find_sources
     from starlm.data.tokenizer import Tokenizer, check_vocab_size
 
     check_vocab_size(options.vocab_size)
     sources, out = source_list(options.sources), _place(options.out)
     with readable_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    size = documents = 0
+    size, documents, notes = 0, 0, []
     with console.progress() as progress:
-        files = embedded_corpus() if sources == "embedded" else find_files(local(sources, progress))
+        files = find_sources(sources, progress, notes=notes)
 
         def texts():
             nonlocal size, documents
@@ -66,6 +66,8 @@ def _train(options: TrainOptions, console: Console) -> dict[str, Any]:
     if not documents:
         raise no_text(files)
     path = tokenizer.save(out)
+    for note in notes:
+        console.say(note)
     console.say(f"{path}: {tokenizer.vocab_size:,} tokens from {documents:,} documents, {size:,} bytes")
     say_if_fewer(tokenizer.vocab_size, options.vocab_size, console)
     return {

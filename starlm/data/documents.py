@@ -45,6 +45,8 @@ class SourceFile:
     """Path relative to the folder that was asked for, with "/": the same on every machine. Unique."""
     required: bool = True
     """Whether it is an error that the file cannot be read or is not text; otherwise it counts as empty."""
+    fetched: bool = False
+    """Whether it is a copy of what is on a server."""
 
 
 def find_files(paths: Iterable[str | Path]) -> list[SourceFile]:
@@ -213,6 +215,13 @@ def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document]:
                 yield from _read_lines(file, text_field, lines)
     except OSError as error:
         _raise_unreadable(error, file.path)
+    except InputError as error:
+        if not file.fetched:
+            raise
+        raise InputError(
+            f"{error} The file is a copy of what a server sent: starlm data prepare --overwrite "
+            f"(overwrite=True) asks for it again."
+        ) from None
 
 
 def _read_text(file: SourceFile) -> str:

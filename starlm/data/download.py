@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -9,13 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from starlm.data.documents import SUFFIXES, suffix_of
-from starlm.errors import InputError
-from starlm.files import only_writer, readable_os_errors, sha256, sync
+from starlm.errors import InputError, StarLMError
+from starlm.files import only_writer, readable_os_errors, sha256, sync, write_whole
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -37,7 +39,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starlm"
 
 
-def local(sources: Iterable[str | Path], report: Progress) -> list[Path]:
+def downloads() -> Path:
+    """Its part for single files."""
+    return cache_folder() / "downloads"
+
+
+class _NoAnswer(InputError):
+    """The network or the server fails; what was fetched before may do."""
+
+
+def local(
+    sources: Iterable[str | Path], report: Progress, *, again: bool = False, notes: list[str] | None = None
+) -> list[Path]:
     """The sources as paths, in order: what is on the network is fetched, unless it was before.
 
     Args:
@@ -45,16 +58,20 @@ def local(sources: Iterable[str | Path], report: Progress) -> list[Path]:
             it if its content is known; hf:OWNER/NAME[@REVISION][/PATH], the supported files of a Hugging Face
             dataset, or of one folder or file in it. These stay in Hugging Face's own cache.
         report: called with STAGE, the bytes that came, and how many there are, or None.
+        again: fetch files anew that have changed on their servers; those with #sha256= cannot, and datasets
+            are asked for in any case.
+        notes: receives sources of which an older copy is taken, since their server did not answer.
 
     Raises:
         InputError: an address that is wrong, does not answer, or sends something else than it promised.
     """
     found: list[Path] = []
+    notes = [] if notes is None else notes
     for source in sources:
         if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-            found.append(_file(source, report))
+            found.append(_file(source, report, again, notes))
         elif isinstance(source, str) and source.lower().startswith("hf:"):
-            found += _dataset(source, report)
+            found += _dataset(source, report, notes)
         elif source == "":
             # As a path it would be the current folder, with all that is in it.
             raise InputError("A source is empty. Name a file or a folder; the current one is called '.'.")
@@ -63,7 +80,7 @@ def local(sources: Iterable[str | Path], report: Progress) -> list[Path]:
     return found
 
 
-def _file(source: str, report: Progress) -> Path:
+def _file(source: str, report: Progress, again: bool, notes: list[str]) -> Path:
     url, _, fragment = source.partition("#")
     expected = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if fragment and not expected:
@@ -75,10 +92,16 @@ def _file(source: str, report: Progress) -> Path:
             f"{source} does not name a file that can be read: supported are {', '.join(SUFFIXES)}. Download "
             f"and convert it."
         )
-    path = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    path = downloads() / _digest(url) / name
     with only_writer(path.parent):
-        if not path.exists():
-            _download(address, path, report)
+        there = path.exists()
+        if not there or (again and not expected):
+            try:
+                _download(address, path, report)
+            except _NoAnswer as error:
+                if not there:
+                    raise
+                notes.append(f"{error} Until then, the copy of it that was fetched before is used: {path}.")
         if expected and sha256(path) != expected[1].lower():
             path.unlink()
             raise InputError(f"{url} is another file than expected: its SHA-256 differs. Check the source.")
@@ -109,14 +132,19 @@ def _address(url: str) -> str:
 
 
 def _download(url: str, path: Path, report: Progress) -> None:
-    """Fetch `url` into `path`, which appears whole; what came before a failure is kept and continued."""
+    """Fetch `url` into `path`, which appears whole; what came before a failure is kept and continued.
+
+    A `path` that is there stays if the server says that it has not changed.
+    """
     partial, failures = path.with_name(f".{path.name}.part"), 0
     while True:
         before = _size(partial)
         try:
-            _receive(url, partial, report)
+            _receive(url, path, partial, report)
             break
         except urllib.error.HTTPError as error:
+            if error.code == 304:
+                return
             problem = f"the server answered {error.code} {error.reason}"
             if error.code == 416:
                 partial.unlink(missing_ok=True)
@@ -131,7 +159,7 @@ def _download(url: str, path: Path, report: Progress) -> None:
             # Without a tag nobody knows whether what comes next belongs to what came.
             kept = _size(partial) if _tag(partial).exists() else 0
             again = f": it goes on after the {kept:,} bytes that came" if kept else ""
-            raise InputError(
+            raise _NoAnswer(
                 f"{url} could not be fetched: {problem}. Check the address and the network, then run the "
                 f"same command again{again}."
             )
@@ -139,16 +167,26 @@ def _download(url: str, path: Path, report: Progress) -> None:
     with readable_os_errors(path):
         sync(partial)
         partial.replace(path)
-        _tag(partial).unlink(missing_ok=True)
+        if _tag(partial).exists():
+            _tag(partial).replace(_tag(path))
+        else:
+            _tag(path).unlink(missing_ok=True)
 
 
-def _receive(url: str, partial: Path, report: Progress) -> None:
-    """One try: append to `partial` what is missing of the file, or begin anew if it has changed."""
+def _receive(url: str, path: Path, partial: Path, report: Progress) -> None:
+    """One try: append to `partial` what is missing of the file, or begin anew if it has changed.
+
+    Raises:
+        HTTPError: among others 304, the file at `path` is the server's.
+    """
     headers = {"User-Agent": "starlm"}
     done, tag = _size(partial), _tag(partial)
     if done and tag.exists():
         # The server sends the rest only if the file is still the same, else all of it.
         headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()}
+    elif path.exists() and _tag(path).exists():
+        validator = _tag(path).read_text()
+        headers["If-None-Match" if validator.startswith('"') else "If-Modified-Since"] = validator
     opener = urllib.request.build_opener(_Redirects)
     with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
         if answer.status == 206 and not (answer.headers["Content-Range"] or "").startswith(f"bytes {done}-"):
@@ -169,6 +207,11 @@ def _receive(url: str, partial: Path, report: Progress) -> None:
                 report(STAGE, done, total)
     if total is not None and done != total:
         raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes")
+    if total is None and not answer.chunked:
+        # Nobody knows whether this was all, so whoever asks again is to get all of it.
+        tag.unlink(missing_ok=True)
+    if not done:
+        raise ConnectionError("the server sent an empty file")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -186,23 +229,35 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _tag(partial: Path) -> Path:
+def _tag(file: Path) -> Path:
     """Beside what came: the server's name for the version of the file that it belongs to."""
-    return partial.with_suffix(".tag")
+    return file.with_name(f".{file.name.removeprefix('.')}.tag")
 
 
-def _dataset(source: str, report: Progress) -> list[Path]:
+def _dataset(source: str, report: Progress, notes: list[str]) -> list[Path]:
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
     # HTTPError is the base of their HTTP library's errors; which library that is depends on their version.
-    from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     match = _HUB.fullmatch(source)
     if not match:
         raise InputError(f"{source} is no dataset: write hf:OWNER/NAME, or hf:OWNER/NAME@REVISION/PATH.")
     name, inside, paths = match["name"], (match["path"] or "").strip("/"), []
+    record = cache_folder() / "datasets" / f"{_digest(source)}.json"
     try:
-        info = HfApi().dataset_info(name, revision=match["revision"], files_metadata=True)
+        try:
+            info = HfApi().dataset_info(name, revision=match["revision"], files_metadata=True)
+        except (OSError, HTTPError) as error:
+            # An answer that says no is one. Whether all is there, the library's cache does not tell.
+            if isinstance(error, HfHubHTTPError) or not (paths := _recorded(record)):
+                raise
+            notes.append(f"{source}: nobody answered ({_reason(error)}), so what was fetched before is used.")
+            return paths
         files = [file for file in info.siblings or [] if _wanted(file.rfilename, inside)]
         if not files:
             raise InputError(f"{source} has no file that can be read: supported are {', '.join(SUFFIXES)}.")
@@ -218,12 +273,31 @@ def _dataset(source: str, report: Progress) -> list[Path]:
                 raise InputError(f"{file.rfilename} of {source} is damaged. Run the same command again.")
             paths.append(path)
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{source} could not be fetched: {reason}. Check the name and the network; a private dataset "
-            f"needs HF_TOKEN."
+            f"{source} could not be fetched: {_reason(error)}. Check the name and the network; a private "
+            f"dataset needs HF_TOKEN."
         ) from None
+    # Where it cannot be written, the next time needs the network.
+    with suppress(OSError, StarLMError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps([str(path) for path in paths]).encode())
     return paths
+
+
+def _recorded(record: Path) -> list[Path]:
+    """The files of a dataset that was fetched as a whole; none if one of them is gone."""
+    if not record.exists():
+        return []
+    paths = [Path(path) for path in json.loads(record.read_text(encoding="utf-8"))]
+    return paths if all(path.exists() for path in paths) else []
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _wanted(file: str, inside: str) -> bool:

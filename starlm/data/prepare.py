@@ -21,7 +21,7 @@ from starlm.data.documents import (
     position_of,
     suffix_of,
 )
-from starlm.data.download import Progress, local
+from starlm.data.download import Progress, downloads, local
 from starlm.data.shards import (
     FORMAT,
     META,
@@ -75,6 +75,8 @@ class PrepareReport:
     """Files, lines and rows without text, and files passed over by `skip_unreadable`."""
     skipped_first: tuple[str, ...]
     """The first of them."""
+    notes: tuple[str, ...]
+    """Sources of which an older copy was taken, since their server did not answer."""
     seconds: float
 
 
@@ -111,7 +113,8 @@ def prepare(
         skip_unreadable: pass over files of plain text that cannot be read or are not UTF-8, as over empty
             ones. Otherwise the first is an error.
         shard_tokens: tokens of one file at most, unless a single document has more.
-        overwrite: write anew, replacing prepared data in `out`. Other folders are never replaced.
+        overwrite: write anew, replacing prepared data in `out`; fetch files again that have changed at their
+            addresses. Other folders are never replaced.
         progress: called with a stage ("bytes downloaded", "read", "tokenizer", "encode"), and how much of how
             much is done: bytes, files, bytes, documents. The latter is None if unknown.
 
@@ -135,7 +138,8 @@ def prepare(
         there = out.exists()
     if not there:
         check_place(out)
-    files = _find(sources, report)
+    notes: list[str] = []
+    files = find_sources(sources, report, again=overwrite, notes=notes)
     if skip_unreadable:
         files = [replace(file, required=suffix_of(file.path.name) not in TEXT_SUFFIXES) for file in files]
     given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
@@ -152,7 +156,7 @@ def prepare(
         settle(out.resolve())
     reused = _check_out(out, identity, overwrite)
     if reused:
-        return _report(reused.meta, out, reused=True, seconds=time.perf_counter() - began)
+        return _report(reused.meta, out, notes, reused=True, seconds=time.perf_counter() - began)
     # What is used again may lie where nothing can be written.
     check_place(out)
 
@@ -199,7 +203,7 @@ def prepare(
         # Somebody may have put something there meanwhile.
         _check_out(out, identity, overwrite)
         (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return _report(meta, out, reused=False, seconds=time.perf_counter() - began)
+    return _report(meta, out, notes, reused=False, seconds=time.perf_counter() - began)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,9 +339,15 @@ def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[s
         yield batch
 
 
-def _find(sources: Iterable[str | Path] | str, report: Progress) -> list[SourceFile]:
+def find_sources(
+    sources: Iterable[str | Path] | str, report: Progress, *, again: bool = False, notes: list[str]
+) -> list[SourceFile]:
+    """The files that the sources of `prepare` mean; `again` and `notes` as of `download.local`."""
     items = [sources] if isinstance(sources, str | Path) else list(sources)
-    return embedded_corpus() if items == ["embedded"] else find_files(local(items, report))
+    if items == ["embedded"]:
+        return embedded_corpus()
+    files = find_files(local(items, report, again=again, notes=notes))
+    return [replace(file, fetched=file.path.is_relative_to(downloads())) for file in files]
 
 
 def _identity(files: list[SourceFile], options: dict[str, Any]) -> str:
@@ -399,7 +409,9 @@ def _check_out(out: Path, identity: str, overwrite: bool) -> TokenData | None:
         return None
 
 
-def _report(meta: dict[str, Any], out: Path, *, reused: bool, seconds: float) -> PrepareReport:
+def _report(
+    meta: dict[str, Any], out: Path, notes: list[str], *, reused: bool, seconds: float
+) -> PrepareReport:
     splits = meta["splits"]
     return PrepareReport(
         out=out,
@@ -410,5 +422,6 @@ def _report(meta: dict[str, Any], out: Path, *, reused: bool, seconds: float) ->
         bytes={name: splits[name]["bytes"] for name in SPLITS},
         skipped=meta["sources"]["skipped"],
         skipped_first=tuple(meta["sources"]["skipped_first"]),
+        notes=tuple(notes),
         seconds=seconds,
     )

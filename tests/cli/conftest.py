@@ -124,6 +124,7 @@ def fake_data(stand_in):
         tokens: int = 100
         skipped: int = 0
         skipped_first: tuple[str, ...] = ()
+        notes: tuple[str, ...] = ()
 
     def prepare(sources, out, *, progress=None, **options):
         calls.append((sources, out, options))

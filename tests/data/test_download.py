@@ -39,11 +39,23 @@ class Files(BaseHTTPRequestHandler):
         if isinstance(fault, int) or content is None:
             self.send_error(fault or 404)
             return
+        if fault == "unsized":
+            # As an old server does: what has come when the connection ends is the file.
+            self.send_response(200)
+            self.send_header("ETag", '"some"')
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
         etag, begin = f'"{hashlib.sha256(content).hexdigest()}"', 0
         if server.ranges and self.headers["Range"] and self.headers["If-Range"] == etag:
             begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        elif server.tagged and self.headers["If-None-Match"] == etag:
+            self.send_response(304)
+            self.end_headers()
+            return
         else:
             self.send_response(200)
         if server.tagged:
@@ -83,9 +95,9 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_PAUSE", 0.01)
 
 
-def fetch(source):
+def fetch(source, **options):
     told = []
-    (path,) = download.local([source], lambda *what: told.append(what))
+    (path,) = download.local([source], lambda *what: told.append(what), **options)
     return path, told
 
 
@@ -97,7 +109,7 @@ def test_a_file_is_fetched_once_and_its_progress_told(server):
     assert fetch(f"{server.url}/file.txt?version=1") == (path, [])
     assert len(server.asked) == 1
     # Nothing else is left, and another address is another file.
-    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "file.txt"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [".file.txt.tag", ".lock", "file.txt"]
     assert fetch(f"{server.url}/file.txt?version=2")[0] != path
 
 
@@ -124,6 +136,50 @@ def test_without_a_tag_nothing_is_promised(server):
     server.tagged, server.faults = False, ["cut", *[503] * download.ATTEMPTS]
     with pytest.raises(InputError, match=r"run the same command again\.$"):
         fetch(f"{server.url}/file.txt")
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_file_is_fetched_again_if_asked(server, tagged):
+    server.tagged = tagged
+    path, _ = fetch(f"{server.url}/file.txt")
+    # What is the same is not sent again, if the server says so.
+    assert bool(fetch(f"{server.url}/file.txt", again=True)[1]) != tagged
+    server.files["/file.txt"], server.faults = TEXT[::-1], [None, "cut", None] if tagged else []
+    assert fetch(f"{server.url}/file.txt")[0].read_bytes() == TEXT
+    for _ in range(2):
+        assert fetch(f"{server.url}/file.txt", again=True)[0] == path
+        assert path.read_bytes() == TEXT[::-1]
+    known = f"{server.url}/file.txt#sha256={hashlib.sha256(TEXT[::-1]).hexdigest()}"
+    asked = len(server.asked)
+    assert fetch(known, again=True) == (path, [])
+    assert len(server.asked) == asked
+
+
+def test_a_file_that_nobody_knows_to_be_whole_is_fetched_anew_if_asked(server):
+    server.faults = ["unsized"]
+    assert fetch(f"{server.url}/file.txt")[0].read_bytes() == TEXT[: len(TEXT) // 2]
+    assert fetch(f"{server.url}/file.txt", again=True)[0].read_bytes() == TEXT
+
+
+def test_an_empty_file_is_not_kept(server):
+    server.files["/file.txt"] = b""
+    with pytest.raises(InputError, match=r"could not be fetched: the server sent an empty file\. Check"):
+        fetch(f"{server.url}/file.txt")
+    server.files["/file.txt"] = TEXT
+    assert fetch(f"{server.url}/file.txt")[0].read_bytes() == TEXT
+
+
+def test_without_an_answer_the_copy_is_used_and_that_is_said(server):
+    path, _ = fetch(f"{server.url}/file.txt")
+    notes, server.faults = [], [503] * download.ATTEMPTS
+    assert fetch(f"{server.url}/file.txt", again=True, notes=notes) == (path, [])
+    assert len(notes) == 1
+    assert "answered 503" in notes[0]
+    assert notes[0].endswith(f"the copy of it that was fetched before is used: {path}.")
+    server.faults = [404]
+    with pytest.raises(InputError, match="answered 404"):
+        fetch(f"{server.url}/file.txt", again=True)
+    assert path.read_bytes() == TEXT
 
 
 def test_an_empty_source_is_not_the_current_folder():
@@ -210,6 +266,17 @@ def test_training_data_from_an_address(server, tmp_path):
     assert sum(report.bytes.values()) == len(TEXT) + 600
 
 
+def test_a_file_with_bad_lines_can_be_fetched_again(server, tmp_path):
+    server.files["/a.jsonl"] = b'{"text": "one two"}\n{"te'
+    with pytest.raises(
+        InputError, match=r"cache/downloads/\w+/a\.jsonl:2 is not JSON.* --overwrite .* asks for it again"
+    ):
+        prepare([f"{server.url}/a.jsonl"], tmp_path / "out", vocab_size=265)
+    server.files["/a.jsonl"] = b'{"text": "one two"}\n{"text": "three"}'
+    report = prepare([f"{server.url}/a.jsonl"], tmp_path / "out", vocab_size=265, overwrite=True)
+    assert (sum(report.bytes.values()), report.notes) == (12, ())
+
+
 class Hub(Files):
     """As much of a Hugging Face hub as a dataset's download needs."""
 
@@ -222,7 +289,9 @@ class Hub(Files):
     def _answer(self, body):
         files, revision = self.server.files, "0123456789abcdef0123456789abcdef01234567"
         headers, cut = {"X-Repo-Commit": revision}, False
-        if self.path.startswith("/api/datasets/some/texts/revision/nowhere"):
+        if self.server.gone:
+            headers["X-Error-Code"], status, content = "RepoNotFound", 404, b"{}"
+        elif self.path.startswith("/api/datasets/some/texts/revision/nowhere"):
             headers["X-Error-Code"], status, content = "RevisionNotFound", 404, b"{}"
         elif self.path.startswith("/api/datasets/some/texts"):
             siblings = [
@@ -261,7 +330,7 @@ def hub():
         name: " ".join(letters.choices(["one", "two", "three", "four", "five"], k=300)).encode()
         for name in ("README.md", "picture.png", "train/a.txt", "train/b.txt", "test/c.txt")
     }
-    server.damage = server.cut = False
+    server.damage = server.cut = server.gone = False
     yield server
     server.shutdown()
     server.server_close()
@@ -329,6 +398,23 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert "hf:some/texts could not be fetched: " in done.stderr
     assert "refused. Check the name and the network" in done.stderr
+
+
+def test_a_dataset_that_was_fetched_needs_no_network(hub, tmp_path):
+    assert starlm(hub, tmp_path, "hf:some/texts/train").returncode == 0
+    nowhere = SimpleNamespace(url="http://127.0.0.1:9")
+    done = starlm(nowhere, tmp_path, "hf:some/texts/train")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reused"]
+    assert "hf:some/texts/train: nobody answered (" in done.stderr
+    assert "so what was fetched before is used." in done.stderr
+    # A part is not the whole, and a server that says no has answered.
+    assert starlm(nowhere, tmp_path, "hf:some/texts").returncode == 2
+    hub.gone = True
+    assert "could not be fetched" in starlm(hub, tmp_path, "hf:some/texts/train").stderr
+    for path in (tmp_path / "hf").rglob("a.txt"):
+        path.unlink()
+    assert starlm(nowhere, tmp_path, "hf:some/texts/train").returncode == 2
 
 
 def test_a_dataset_that_breaks_off(hub, tmp_path):
