@@ -12,6 +12,7 @@ imports this room, so the package must be installed either way.
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from starlm.hf.cache import StarLMCache
 from starlm.hf.config import StarLMHFConfig
@@ -22,6 +23,8 @@ __all__ = ["StarLMCache", "StarLMForCausalLM", "StarLMHFConfig", "StarLMModel"]
 AutoConfig.register("starlm", StarLMHFConfig)
 AutoModel.register(StarLMHFConfig, StarLMModel)
 AutoModelForCausalLM.register(StarLMHFConfig, StarLMForCausalLM)
+# Here Trainer looks whether it must shift labels that it smooths, and a pipeline whether it knows the class.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["starlm"] = "StarLMForCausalLM"
 # `transformers serve` asks none of these, but the package itself for the class that config.json names; and
 # there can be two objects of the package in one process, so their type answers.
 type(transformers).StarLMForCausalLM = StarLMForCausalLM  # type: ignore[attr-defined]

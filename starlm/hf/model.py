@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from starlm.errors import InputError
 from starlm.hf.cache import StarLMCache
@@ -51,7 +50,6 @@ class StarLMModel(Backbone, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["StarLMBlock"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": StarLMBlock}  # noqa: RUF012
     _input_embed_layer = "embedding"
     # The head, in files of the causal model.
     _keys_to_ignore_on_load_unexpected = [r"^head\.weight$"]  # noqa: RUF012
@@ -88,7 +86,7 @@ class StarLMModel(Backbone, PreTrainedModel):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -97,6 +95,7 @@ class StarLMModel(Backbone, PreTrainedModel):
         cache: StarLMCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The residual stream after the last block.
@@ -109,6 +108,8 @@ class StarLMModel(Backbone, PreTrainedModel):
             inputs_embeds: [B, T, D], in place of the embeddings of `input_ids`; anchored heads need both.
             use_cache: begin a cache, if none is given. Only when asked, as `generate` does: nothing else
                 needs one, and it takes time and memory.
+            output_hidden_states: also what each block reads, the embeddings normalised first; the last one is
+                the result.
             kwargs: what transformers says to other models; without effect.
 
         Raises:
@@ -134,8 +135,13 @@ class StarLMModel(Backbone, PreTrainedModel):
             # Where a neighbour begins a document, who goes on with one still begins where it began.
             began = state.first(length, first.device)
             first = first if began is None else torch.maximum(first, began)
-        hidden = self.hidden(tokens, embedded=inputs_embeds, first=first, state=state)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        seen: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.hidden(tokens, embedded=inputs_embeds, first=first, state=state, seen=seen)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, cache=cache, hidden_states=None if seen is None else tuple(seen)
+        )
 
     def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The token ids; without them, and where nothing is anchored to them, zeros."""
@@ -229,6 +235,7 @@ class StarLMForCausalLM(Headed, StarLMModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

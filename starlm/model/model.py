@@ -37,28 +37,31 @@ class Backbone(nn.Module):
         embedded: Float[Tensor, "B T D"] | None = None,
         first: Int[Tensor, "B T"] | None = None,
         state: DecodeState | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after the last block, normalised; arguments as for `forward`.
 
         Args:
             embedded: read in place of the embeddings of `tokens`, which then serve the anchors alone.
+            seen: gets what each block reads, and the result.
 
         Raises:
             InputError: tokens of another rank, `first` that does not fit them, or a state of another batch or
                 model.
         """
         self._check(tokens, first, state)
-        if state is not None and embedded is None:
+        if state is not None and embedded is None and seen is None:
             stepped = step(self, tokens, first, state, logits=False)
             if stepped is not None:
                 return stepped
         x = _rows_of(self.embedding, tokens) if embedded is None else embedded
         if state is None:
             origins = origins_of(tokens, self.orders, first=first)
-            return through(self.blocks, x, [None] * len(self.blocks), first=first, origins=origins)
+            nothing = [None] * len(self.blocks)
+            return through(self.blocks, x, nothing, first=first, origins=origins, seen=seen)
         state.check_layout(self.layout())
         with state.extend(tokens, first) as rows:
-            return through(self.blocks, x, rows.layers, first=rows.first, origins=rows.origins)
+            return through(self.blocks, x, rows.layers, first=rows.first, origins=rows.origins, seen=seen)
 
     def new_state(
         self, batch: int = 1, *, rollback: int = 64, rows_device: str | torch.device | None = None

@@ -52,15 +52,22 @@ def through(
     *,
     first: Int[Tensor, "B T"] | None = None,
     origins: Mapping[int, Int[Tensor, "B T"]] | None = None,
+    seen: list[Tensor] | None = None,
 ) -> Float[Tensor, "B T D"]:
     """The residual stream from embeddings x through all blocks, normalised before and after.
 
     Args:
         layers: of a decode state, one for each block, or None.
         first, origins: as for `Deformer.forward`.
+        seen: gets what each block reads, and the result.
     """
     step = any(layer is not None for layer in layers)
     x = rms(x, step=step)
     for block, layer in zip(blocks, layers, strict=True):
+        if seen is not None:
+            seen.append(x)
         x = block(x, first=first, origins=origins, state=layer)
-    return rms(x, step=step, cast=True)
+    x = rms(x, step=step, cast=True)
+    if seen is not None:
+        seen.append(x)
+    return x

@@ -71,6 +71,25 @@ def test_hidden_states_and_the_headless_model():
     assert torch.equal(headless(tokens).last_hidden_state, model.hidden(tokens))
 
 
+@torch.no_grad()
+def test_looking_at_hidden_states_leaves_no_trace():
+    model, wrapper = make_pair("star mixed", layers="DW", dtype=torch.float32)
+    tokens = make_tokens(2, 9)
+    wanted = wrapper(tokens, output_hidden_states=True).hidden_states
+    for _ in range(2):
+        found = wrapper.base_model(tokens, output_hidden_states=True).hidden_states
+        assert len(found) == len(model.blocks) + 1
+        assert all(map(torch.equal, found, wanted))
+    assert wrapper(tokens).hidden_states is None
+    assert not parts_of(wrapper).are_hooked()
+    cache = wrapper(tokens[:, :-1], use_cache=True).cache
+    step = wrapper(tokens[:, -1:], cache=cache, output_hidden_states=True).hidden_states
+    for one, all_of_it in zip(step, wanted, strict=True):
+        assert_close(one, all_of_it[:, -1:], 1e-5)
+    wrapper.config.output_hidden_states = True
+    assert len(wrapper.base_model(tokens, return_dict=False)[1]) == len(wanted)
+
+
 @pytest.mark.parametrize("kind", ALL)
 @torch.no_grad()
 def test_greedy_generation_is_the_full_forward(kind):

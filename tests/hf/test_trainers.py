@@ -92,6 +92,16 @@ def test_lora_trains_every_linear_layer_and_is_saved(model, folder, tmp_path):
     torch.testing.assert_close(ours(tokens), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_smoothed_labels_are_those_of_the_next_token(model, tmp_path):
+    trainer = Trainer(model, arguments(TrainingArguments, tmp_path, label_smoothing_factor=0.1))
+    tokens = torch.randint(9, TOKENIZER.vocab_size, (2, 20))
+    with torch.no_grad():
+        found = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens})
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, wanted)
+
+
 def sft(model, tokenizer, path, data, **options):
     return SFTTrainer(
         model, args=arguments(SFTConfig, path, **options), train_dataset=data, processing_class=tokenizer
