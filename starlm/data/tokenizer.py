@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Tokenizer:
         """Wrap a byte-level tokenizer of the `tokenizers` library; see `train` and `load`.
 
         Raises:
-            InputError: it lacks a special token or a byte, or its ids have gaps.
+            InputError: it lacks a special token or a byte, its ids have gaps, or an added token takes blanks.
         """
         # Otherwise "<|bos|>" in somebody's text would become the token.
         inner.encode_special_tokens = True
@@ -80,23 +80,24 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size()
-        self.special: dict[str, int] = {}
-        added = {}
-        for number, token in inner.get_added_tokens_decoder().items():
-            if not token.special:
-                raise InputError(
-                    f"The tokenizer's added token {token.content!r} is not a special one, so a text could "
-                    f"contain it. Add it as a special one (add_special_tokens), or train one with StarLM."
-                )
-            added[token.content] = number
+        added = dict(sorted(inner.get_added_tokens_decoder().items()))
+        # Ours, and those that others add with a chat template of their own.
+        self.special: dict[str, int] = {t.content: number for number, t in added.items() if t.special}
         for name in SPECIAL:
-            if name not in added:
+            if name not in self.special:
                 raise InputError(f"The tokenizer has no special token {name}. Train a tokenizer with StarLM.")
-            self.special[name] = added[name]
+        for token in added.values():
+            if not token.special and (token.lstrip or token.rstrip):
+                raise InputError(
+                    f"The tokenizer's added token {token.content!r} takes the blanks beside it away, so a "
+                    f"text would not come back. Add it without lstrip and rstrip, or train one with StarLM."
+                )
         self.bos: int = self.special["<|bos|>"]
         self.end_of_turn: int = self.special["<|assistant_end|>"]
         self.pad: int = self.special[PAD]
-        self._bytes = _bytes_of_tokens(inner, set(added.values()))
+        self._bytes = _bytes_of_tokens(
+            inner, {number: b"" if t.special else t.content.encode() for number, t in added.items()}
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -326,8 +327,8 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _bytes_of_tokens(inner: tokenizers.Tokenizer, special: set[int]) -> list[bytes]:
-    """The bytes behind each token id; none for the special ones.
+def _bytes_of_tokens(inner: tokenizers.Tokenizer, added: Mapping[int, bytes]) -> list[bytes]:
+    """The bytes behind each token id; for those that were added, as given.
 
     Raises:
         InputError: not a byte-level vocabulary, or not a complete one.
@@ -341,7 +342,7 @@ def _bytes_of_tokens(inner: tokenizers.Tokenizer, special: set[int]) -> list[byt
                 f"The tokenizer's ids have a gap: there is no token {number}. Train one with StarLM."
             )
         try:
-            found.append(b"" if number in special else bytes(byte_of[char] for char in token))
+            found.append(added[number] if number in added else bytes(byte_of[char] for char in token))
         except KeyError:
             raise InputError(
                 f"The tokenizer is not a byte-level one: token {number} is {token!r}. Train one with StarLM."

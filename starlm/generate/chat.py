@@ -1,12 +1,13 @@
 """Conversations: messages, how they become the tokens that a model continues, and the next answer.
 
-A checkpoint's chat_template.jinja says how conversations are written. A model that was trained on none, as
-its config.json says by `"chat": false`, only continues text: there the messages are one text.
+A checkpoint's chat_template.jinja, or tokenizer_config.json, says how conversations are written. A model that
+was trained on none, as its config.json says by `"chat": false`, only continues text: there the messages are
+one text.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,9 +25,10 @@ from starlm.generate.engine import Engine
 from starlm.generate.request import Request, Stream
 from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
-from starlm.model.folder import read_json
+from starlm.model.folder import CONFIG, read_json
 
 TEMPLATE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
 ROLES = ("system", "user", "assistant")
 # Tokens that end an answer besides <|bos|>.
 ENDS = ("<|assistant_end|>", "<|user_start|>")
@@ -102,20 +104,47 @@ def renderer(folder: Path, tokenizer: Tokenizer, style: Style = "auto") -> Rende
     Raises:
         InputError: a template that cannot be read, is none, or is missing where `style` asks for it.
     """
+    config, settings = (
+        read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, SETTINGS)
+    )
+    learned = config.get("chat")
+    if style == "plain" or (style == "auto" and learned is False):
+        return None
     file = folder / TEMPLATE
-    if style == "plain":
-        return None
-    if style == "auto" and (not file.exists() or read_json(folder / "config.json").get("chat") is False):
-        return None
     try:
-        return by_template(file.read_text(encoding="utf-8"), tokenizer)
+        if file.exists():
+            source = file.read_text(encoding="utf-8")
+        else:
+            file, source = folder / SETTINGS, settings.get("chat_template")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read {file}: {error}. Copy the checkpoint again.") from None
+    if not isinstance(source, str):
+        if style == "auto" and not learned:
+            return None
+        raise InputError(
+            f"{folder} has no chat template: neither {TEMPLATE} nor chat_template in {SETTINGS}. Copy it "
+            f"from where the model was trained, or take --conversation plain."
+        )
+    try:
+        return by_template(source, tokenizer, **_marks(settings))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
 
 
-def by_template(source: str, tokenizer: Tokenizer) -> Render:
+def _marks(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the first and the last token, as a tokenizer's settings say; a name may be in an object."""
+    found = {}
+    for key in ("bos_token", "eos_token"):
+        value = settings.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        if isinstance(name, str):
+            found[key] = name
+    return found
+
+
+def by_template(
+    source: str, tokenizer: Tokenizer, *, bos_token: str = "<|bos|>", eos_token: str = "<|bos|>"
+) -> Render:
     """A function from messages to tokens, by a chat template as transformers has them.
 
     The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
@@ -126,7 +155,7 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
 
     Raises:
         InputError: not Jinja; and from the function, messages that the template refuses or fails on, or
-            whose bars, of which special tokens are made, it does more with than to write them.
+            whose signs of which special tokens are made, bars for ours, it does more with than to write them.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -139,13 +168,15 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
         raise InputError(
             f"The chat template is not valid Jinja: {error}. Mend it, or take --conversation plain."
         ) from None
-    names = re.compile("(" + "|".join(map(re.escape, tokenizer.special)) + ")")
+    longest_first = sorted(tokenizer.special, key=len, reverse=True)
+    names = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    signs = sorted({_sign(name) for name in tokenizer.special})
 
     def write(messages: Sequence[Message]) -> str:
         turns = [asdict(message) for message in messages]
         try:
             return template.render(
-                messages=turns, bos_token="<|bos|>", eos_token="<|bos|>", add_generation_prompt=True
+                messages=turns, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True
             )
         except Exception as error:  # What a template does can fail in any way.
             raise InputError(
@@ -154,15 +185,19 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
             ) from None
 
     def render(messages: Sequence[Message]) -> list[int]:
-        # Every special token has bars. Those of messages are another character while the template runs: one
-        # for private use, which it can trim, split or turn into capitals as it would a bar.
+        # Every special token has a sign. Those of messages are other characters while the template runs, for
+        # private use, which it can trim, split or turn into capitals as it would a bar.
         known = set(source).union(*(message.content for message in messages))
-        bar = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in known), "\ue000")
-        written = write([Message(m.role, m.content.replace("|", bar)) for m in messages])
-        if written.replace(bar, "|") != write(messages):
+        free = (char for char in map(chr, range(0xE000, 0xF900)) if char not in known)
+        hidden = {ord(sign): next(free, "\ue000") for sign in signs}
+        shown = {ord(char): chr(sign) for sign, char in hidden.items()}
+        written = write([Message(m.role, m.content.translate(hidden)) for m in messages])
+        if written.translate(shown) != write(messages):
+            told = " and ".join(signs)
             raise InputError(
-                "The model's chat template does not only write the | of a message, so it might be taken for "
-                "part of a special token. Leave out |; who runs the model may take --conversation plain."
+                f"The model's chat template does not only write the {told} of a message, so it might be "
+                f"taken for part of a special token. Leave out {told}; who runs the model may take "
+                f"--conversation plain."
             )
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.
@@ -170,10 +205,15 @@ def by_template(source: str, tokenizer: Tokenizer) -> Render:
             if piece in tokenizer.special:
                 tokens.append(tokenizer.special[piece])
             else:
-                tokens += tokenizer.encode(piece.replace(bar, "|"))
+                tokens += tokenizer.encode(piece.translate(shown))
         return tokens
 
     return render
+
+
+def _sign(name: str) -> str:
+    """A character without which a text cannot name this special token."""
+    return "|" if "|" in name else next((char for char in name if not char.isalnum()), name[0])
 
 
 class _Generation(Extension):

@@ -253,7 +253,7 @@ class Engine:
 
     def _checked(self, request: Request, on_piece: Callable[[Piece], object] | None) -> list[Answer]:
         """The answers of a request that can be answered."""
-        vocab, tokens = self.model.config.vocab_size, request.tokens
+        vocab, tokens = self.model.tokenizer.vocab_size, request.tokens
         if min(tokens) < 0 or max(tokens) >= vocab:
             raise InputError(f"tokens must be between 0 and {vocab - 1}; got {min(tokens)} to {max(tokens)}.")
         if request.n > self.slots:
@@ -368,6 +368,8 @@ class Engine:
 
     def _deliver(self, answers: Sequence[Answer], logits: Tensor) -> None:
         """Choose the next token of each answer and hand its piece over; an error ends its own stream."""
+        # A vocabulary may have been filled up with rows that are no tokens.
+        logits = logits[:, : self.model.tokenizer.vocab_size].contiguous()
         try:
             tokens = choose(logits, [answer.sampler for answer in answers])
             told = with_logprobs(answers, tokens, logits)

@@ -20,7 +20,7 @@ from starlm.generate.request import Piece, Request
 from starlm.generate.sampling import Sampling
 from starlm.model.checkpoint import load_model
 from starlm.model.config import StarLMConfig
-from starlm.model.folder import find_checkpoint
+from starlm.model.folder import ends, find_checkpoint
 from starlm.model.model import StarLM
 
 # Tokens of a prompt that are read in one call: enough to be efficient, few enough to bound the activations.
@@ -34,14 +34,14 @@ class TextModel:
         self, model: StarLM, tokenizer: Tokenizer, *, stop_ids: Collection[int] | None = None
     ) -> None:
         """Args:
-            model: in evaluation mode.
+            model: in evaluation mode. Rows of its head beyond the tokenizer's tokens are never chosen.
             tokenizer: the one it was trained with.
             stop_ids: tokens that end an answer; default <|bos|>, which ends a document.
 
         Raises:
-            InputError: the tokenizer does not fit.
+            InputError: the tokenizer has tokens that the model does not know.
         """
-        if tokenizer.vocab_size != model.config.vocab_size:
+        if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}. Use "
                 f"the tokenizer.json that the model was trained with."
@@ -121,7 +121,7 @@ def _fitting(tokenizer: Tokenizer, begin: bytes) -> Tensor:
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextModel:
-    """The model and tokenizer of a run or checkpoint folder.
+    """The model and tokenizer of a run or checkpoint folder; answers end where its configs say, too.
 
     Args:
         path: run folder (its last checkpoint is taken) or checkpoint folder.
@@ -134,4 +134,5 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Text
     """
     folder = find_checkpoint(Path(path))
     model = load_model(folder, device=pick_device(device), dtype=pick_dtype(dtype))
-    return TextModel(model, Tokenizer.load(folder))
+    tokenizer = Tokenizer.load(folder)
+    return TextModel(model, tokenizer, stop_ids={tokenizer.bos, *ends(folder)})

@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from starlm.errors import InputError
-from starlm.model.folder import CONFIG, find_checkpoint, read_json, read_model_config, verify, write_json
+from starlm.model.folder import (
+    CONFIG,
+    GENERATION,
+    find_checkpoint,
+    read_json,
+    read_model_config,
+    verify,
+    write_json,
+)
 from starlm.model.model import StarLM
 from starlm.settings import to_dict
 
@@ -68,7 +76,7 @@ def write_model(
     generation = {"do_sample": True, "temperature": 0.8, **tokens}
     if end_of_turn is not None:
         generation["eos_token_id"] = [bos, end_of_turn]
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / GENERATION, generation)
     write_remote_code(folder)
     save_tensors(model.state_dict(), folder / WEIGHTS)
 

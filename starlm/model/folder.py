@@ -21,6 +21,7 @@ from starlm.settings import from_dict
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 # What only training that goes on reads; who shares a model leaves it out.
 TRAINING = ("optimizer.safetensors", "trainer.json")
 _STEP = re.compile(r"step-(\d+)$")
@@ -147,6 +148,19 @@ def read_model_config(folder: Path) -> StarLMConfig:
         # transformers adds keys of its own, and whatever others have put into the config.
         values = {field.name: values[field.name] for field in fields(StarLMConfig) if field.name in values}
     return from_dict(StarLMConfig, values, where=where)
+
+
+def ends(folder: Path) -> set[int]:
+    """Ids of the tokens that end a text, as generation_config.json and config.json of a checkpoint say.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    found: list[Any] = []
+    for file in (folder / CONFIG, folder / GENERATION):
+        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        found += value if isinstance(value, list) else [value]
+    return {number for number in found if isinstance(number, int)}
 
 
 def check_untied(tied: Any, where: str) -> None:

@@ -244,7 +244,13 @@ def no_byte(content):
         (lambda content: content["added_tokens"].pop(3), "no special token <|assistant_start|>"),
         (
             lambda content: content["added_tokens"][2].update(special=False),
-            "'<|user_end|>' is not a special one",
+            "no special token <|user_end|>",
+        ),
+        (
+            lambda content: content["added_tokens"].append(
+                {**content["added_tokens"][0], "id": 400, "content": "<x>", "special": False, "rstrip": True}
+            ),
+            "'<x>' takes the blanks beside it away",
         ),
         (lambda content: content["model"]["vocab"].update({"zzz": 1000}), "gap: there is no token 400"),
         (foreign_word, "not a byte-level one"),
@@ -259,6 +265,21 @@ def test_tokenizers_of_another_kind_are_refused(tmp_path, edit, part):
     assert part in str(caught.value)
     assert str(path) in str(caught.value)
     assert "with StarLM" in str(caught.value)
+
+
+def test_tokens_that_others_have_added():
+    """A special one is none in a text; another one is, and comes back."""
+    inner = tokenizers.Tokenizer.from_str(TOKENIZER._inner.to_str())
+    inner.add_special_tokens(["<|im_start|>"])
+    inner.add_tokens(["<é 0>"])
+    grown, size = Tokenizer(inner), TOKENIZER.vocab_size
+    assert grown.special == {**TOKENIZER.special, "<|im_start|>": size}
+    text = "a<|im_start|> <é 0> b"
+    ids = grown.encode(text)
+    assert size not in ids
+    assert ids.count(size + 1) == 1
+    assert grown.decode(ids) == text
+    assert grown.byte_lengths()[size:].tolist() == [0, len("<é 0>".encode())]
 
 
 def test_a_plain_tokenizer_is_refused():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models import make_model
+from tokenizers import Tokenizer as Library
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
@@ -161,6 +162,31 @@ def test_renderer(tmp_path, tokenizer):
     (tmp_path / TEMPLATE).write_text("{{")
     with pytest.raises(InputError, match=r"chat_template\.jinja: The chat template is not valid"):
         renderer(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<im_end>"])
+def test_a_template_with_tokens_of_its_own(tmp_path, tokenizer, end):
+    """As `clone_chat_template` of TRL leaves one, here in the tokenizer's settings."""
+    inner = Library.from_str(tokenizer._inner.to_str())
+    inner.add_special_tokens([end])
+    grown = Tokenizer(inner)
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    settings = {"bos_token": {"content": "<|user_start|>"}, "eos_token": end, "chat_template": source}
+    (tmp_path / "config.json").write_text('{"chat": true}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    render = renderer(tmp_path, grown)
+    assert render is not None
+    text = f"Hi <b {end}"
+    wanted = [grown.special["<|user_start|>"], *grown.encode(text), grown.special[end]]
+    assert render([Message("user", text)]) == wanted
+
+
+def test_a_chat_model_without_a_template(tmp_path, tokenizer):
+    (tmp_path / "config.json").write_text('{"chat": true}')
+    for style in ("auto", "template"):
+        with pytest.raises(InputError, match=r"has no chat template.*take --conversation plain"):
+            renderer(tmp_path, tokenizer, style)
+    assert renderer(tmp_path, tokenizer, "plain") is None
 
 
 def test_as_text():

@@ -1,5 +1,6 @@
 """Text in, text out: pieces, stops, limits, and the same tokens as by full forwards."""
 
+import json
 from types import SimpleNamespace
 
 import psutil
@@ -140,6 +141,28 @@ def test_one_stop_string_is_not_a_list_of_letters():
     text = model.generate("def", max_tokens=40, seed=1)
     for stop in (text[3:6], text[5], text[-4:]):
         assert model.generate("def", max_tokens=40, seed=1, stop=stop) == text[: text.index(stop)]
+
+
+def test_rows_that_are_no_tokens_are_never_chosen():
+    grown = make_model("gated", vocab_size=VOCAB + 7, dtype=torch.float32)
+    with torch.no_grad():
+        grown.head.weight[VOCAB:] *= 1000
+    model, options = TextModel(grown, TOKENIZER), Sampling(temperature=2)
+    assert max(answer(model, model.prompt("def")[0], 30, options)) < VOCAB
+    engine = Engine(model, slots=2)
+    stream = engine.submit(Request(tokens=[0], max_tokens=5, n=2, logprobs=20, sampling=options))
+    for token in (token for piece in stream for token in piece.tokens):
+        assert all(number < VOCAB for number, _ in token.alternatives)
+
+
+def test_a_checkpoint_says_what_ends_an_answer(tmp_path):
+    write_model(make("gated").model, tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    assert load(tmp_path, device="cpu").stop_ids == {TOKENIZER.bos}
+    for name, ids in (("config.json", 20), ("generation_config.json", [21, 22])):
+        file = tmp_path / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": ids}))
+    assert load(tmp_path, device="cpu").stop_ids == {TOKENIZER.bos, 20, 21, 22}
 
 
 def test_stop_ids():
