@@ -13,6 +13,8 @@ from starlm.model.folder import check_untied
 from starlm.settings import from_dict, to_dict
 
 _FIELDS = tuple(field.name for field in fields(StarLMConfig))
+# Names that others look for, and the fields that say them, 0 for what follows from the rest.
+_DERIVED = {"hidden_size": "dim", "num_attention_heads": "heads"}
 
 
 class StarLMHFConfig(PreTrainedConfig):
@@ -36,7 +38,11 @@ class StarLMHFConfig(PreTrainedConfig):
         Raises:
             InputError: an impossible value.
         """
-        renamed = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        own = self.attribute_map | _DERIVED
+        # In a file that was written they stand beside the fields.
+        renamed = {
+            own.get(name, name): value for name, value in kwargs.items() if own.get(name) not in kwargs
+        }
         given = {name: renamed.pop(name) for name in _FIELDS if name in renamed}
         for name, value in to_dict(from_dict(StarLMConfig, given, where="the config")).items():
             setattr(self, name, value)
@@ -59,15 +65,32 @@ class StarLMHFConfig(PreTrainedConfig):
         """Width D of the residual stream."""
         return self.shape.width
 
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self.dim = value
+
     @property
     def final_logit_softcapping(self) -> float | None:
         """The softcap, by the name under which trainers look for it that compute logits themselves."""
         return self.softcap or None
 
+    @final_logit_softcapping.setter
+    def final_logit_softcapping(self, value: float | None) -> None:
+        self.softcap = value or 0.0
+
     @property
     def num_attention_heads(self) -> int:
         """Heads per layer."""
         return self.shape.num_heads
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        self.heads = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, also by the names that other libraries look for."""
+        names = (*self.attribute_map, *_DERIVED)
+        return super().to_dict() | {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
         """Write config.json, and the file that lets others load the model by `trust_remote_code=True`."""

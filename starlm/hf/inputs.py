@@ -1,5 +1,7 @@
 """What transformers says by masks and positions, as the first row that each token may read."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -8,7 +10,13 @@ from starlm.errors import InputError
 
 
 def first_rows(
-    attention_mask: Tensor | None, position_ids: Tensor | None, *, batch: int, length: int, past: int = 0
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    batch: int,
+    length: int,
+    past: int = 0,
+    begun: Sequence[int] = (),
 ) -> Int[Tensor, "B T"] | None:
     """The first row that each token may read; None for row 0, or behind a cache for what it remembers.
 
@@ -20,14 +28,15 @@ def first_rows(
         batch: B.
         length: T, tokens of this call.
         past: tokens in the cache.
+        begun: for each sequence, the first row in the cache that its last token reads.
 
     Raises:
-        InputError: a mask of another shape or with holes, or a document that begins in the middle of a
-            continuation.
+        InputError: a mask of another shape, with holes, or without text that the cache has read; or a
+            document that begins in the middle of a continuation.
     """
     first = None
     if attention_mask is not None:
-        first = _behind_padding(attention_mask, batch, length, past)
+        first = _behind_padding(attention_mask, batch, length, past, begun)
     if position_ids is not None:
         begins = _begins(position_ids, batch, length, past)
         row = past + torch.arange(length, device=begins.device)
@@ -47,7 +56,9 @@ def first_rows(
     return first if (first >= max(past, 1)).any() else None
 
 
-def _behind_padding(mask: Tensor, batch: int, length: int, past: int) -> Int[Tensor, "B T"]:
+def _behind_padding(
+    mask: Tensor, batch: int, length: int, past: int, begun: Sequence[int]
+) -> Int[Tensor, "B T"]:
     """Zeros on the left of each row of the mask, for all its tokens."""
     if mask.dim() != 2 or tuple(mask.shape) != (batch, past + length):
         raise InputError(
@@ -65,6 +76,11 @@ def _behind_padding(mask: Tensor, batch: int, length: int, past: int) -> Int[Ten
                 "without a mask of your own, choose a pad token that does not occur in the text."
             )
     padding = (real.cumsum(dim=1) == 0).sum(dim=1)
+    if past and any(row < end < past for row, end in zip(begun, padding.tolist(), strict=True)):
+        raise InputError(
+            "attention_mask leaves out tokens that the cache has read as text. Give the mask when they are "
+            "read."
+        )
     return padding[:, None].expand(-1, length)
 
 

@@ -28,6 +28,8 @@ from starlm.nn.block import Block
 # Tokens of a draft that assisted generation may take back from a bounded state. Drafts grow by 2 tokens with
 # each that was right to the end, from 20 on.
 DRAFT = 512
+# Where documents begin in a batch without padding, for kernels of attention and of Mamba.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 class StarLMBlock(GradientCheckpointingLayer, Block):
@@ -113,10 +115,17 @@ class StarLMModel(Backbone, PreTrainedModel):
             kwargs: what transformers says to other models; without effect.
 
         Raises:
-            InputError: masks or positions that StarLM has no meaning for, another model's cache, or neither
-                tokens nor what stands for them.
+            InputError: tokens of another shape, masks or positions that StarLM has no meaning for, documents
+                that something else parts, another model's cache, or neither tokens nor what stands for them.
         """
         tokens = self._tokens(input_ids, inputs_embeds)
+        self._check(tokens, None, None)
+        packed = [name for name in _PACKED if kwargs.get(name) is not None]
+        if packed and position_ids is None:
+            raise InputError(
+                f"StarLM does not read {packed[0]}. Give position_ids that begin at 0 with each document, as "
+                f"DataCollatorWithFlattening does by default."
+            )
         batch, length = tokens.shape
         # What is computed again for the gradients would be appended again.
         recomputed = self.is_activation_checkpointing and self.training and torch.is_grad_enabled()
@@ -128,8 +137,9 @@ class StarLMModel(Backbone, PreTrainedModel):
                 f"or give StarLMCache(model.new_state(batch))."
             )
         past = 0 if cache is None else cache.get_seq_length()
-        first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past)
         state = None if cache is None else cache.state
+        begun = [] if state is None else [slot.first for slot in state.slots]
+        first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past, begun=begun)
         if first is not None and state is not None:
             self._check(tokens, first, state)
             # Where a neighbour begins a document, who goes on with one still begins where it began.

@@ -107,7 +107,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(code[1]), str(error), str(path)) from None
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> StarLM:
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> StarLM:
     """The model in a checkpoint or run folder, in evaluation mode.
 
     Args:
@@ -116,7 +118,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     Raises:
         InputError: no checkpoint there, damaged files, or weights that do not fit the config.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(Path(path))
     verify(folder)
     with torch.device("meta"):
         model = StarLM(read_model_config(folder))

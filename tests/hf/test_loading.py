@@ -166,10 +166,24 @@ def test_the_config_is_that_of_starlm():
     config = StarLMHFConfig(num_hidden_layers=3, kinds=("now", "box"), bos_token_id=7)
     assert (config.depth, config.kinds, config.bos_token_id) == (3, ["now", "box"], 7)
     assert config.shape == StarLMConfig(depth=3, kinds=("now", "box"))
+    config = StarLMHFConfig(hidden_size=64, num_attention_heads=2, final_logit_softcapping=None)
+    assert config.shape == StarLMConfig(dim=64, heads=2, softcap=0)
+    config.hidden_size, config.num_attention_heads = 96, 3
+    assert config.shape == StarLMConfig(dim=96, heads=3, softcap=0)
     with pytest.raises(InputError, match=r"model\.heads must divide the width; got 7"):
         StarLMHFConfig(heads=7)
     with pytest.raises(InputError, match="preset in the config must be one of"):
         StarLMHFConfig(preset="moon")
+
+
+def test_derived_names_are_told_and_follow_the_fields(tmp_path):
+    StarLMHFConfig(depth=2).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    assert [written[name] for name in names] == [128, 8, 2, 512]
+    assert StarLMHFConfig.from_pretrained(tmp_path).shape == StarLMConfig(depth=2)
+    assert StarLMHFConfig.from_pretrained(tmp_path, depth=3).hidden_size == 192
+    assert StarLMHFConfig.from_pretrained(tmp_path, hidden_size=64).shape == StarLMConfig(depth=2, dim=64)
 
 
 def test_tied_embeddings_are_refused(tmp_path):

@@ -323,8 +323,13 @@ def test_what_has_no_meaning_is_refused():
     cache = wrapper(tokens, use_cache=True).cache
     middle = torch.tensor([[4, 5, 0, 1]])
     refused(lambda: wrapper(tokens, position_ids=middle, cache=cache), "begin a document within")
+    late = torch.tensor([[1] * 8, [0, 0, *[1] * 6]])
+    refused(lambda: wrapper(tokens, attention_mask=late, cache=cache), "the cache has read", "when they are")
     # A refusal leaves the cache as it was.
     assert cache.get_seq_length() == 4
+    refused(lambda: wrapper(tokens[0]), "[B, T]", "(4,)")
+    refused(lambda: wrapper(tokens, cu_seq_lens_q=torch.tensor([0, 2, 4])), "cu_seq_lens_q", "position_ids")
+    refused(lambda: wrapper(tokens, seq_idx=torch.zeros(2, 4)), "seq_idx", "DataCollatorWithFlattening")
 
 
 def test_weights_start_as_those_of_starlm():

@@ -43,7 +43,7 @@ def refused(call, *words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(tmp_path, kind, dtype):
     model, tokens = make_model(kind, dtype=dtype), make_tokens(2, 20)
-    loaded = load_model(write(model, tmp_path / "m"))
+    loaded = load_model(str(write(model, tmp_path / "m")))
     assert loaded.config == model.config
     assert not loaded.training
     wanted = model.state_dict()
