@@ -25,7 +25,7 @@ from starlm.serve.errors import APIError, bad_request
 from starlm.serve.metrics import Metrics
 from starlm.serve.models import Served
 from starlm.serve.replies import Reply
-from starlm.serve.schemas import GenerationRequest
+from starlm.serve.schemas import ChatRequest, GenerationRequest
 
 LOG = logging.getLogger("starlm.serve")
 
@@ -64,6 +64,7 @@ class Generation:
             APIError: impossible (400), no room in the queue (429), or the engine was stopped (503).
         """
         try:
+            self._check(prompts)
             sampling = self._sampling()
             requests = [
                 Request(
@@ -86,13 +87,40 @@ class Generation:
         except StarLMError:
             raise _stopping() from None
 
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse by name what the engine would refuse, which knows no fields."""
+        body, served = self._body, self._served
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        if body.n > served.engine.slots:
+            raise bad_request(
+                f"n must be at most the engine's {served.engine.slots} slots; got {body.n}. Ask for fewer "
+                f"answers; who runs the server may take more --slots.",
+                "n",
+            )
+        vocab = served.tokenizer.vocab_size
+        for prompt in prompts:
+            if max(prompt.tokens, default=0) >= vocab:
+                raise bad_request(
+                    f"prompt: tokens must be between 0 and {vocab - 1}; got {max(prompt.tokens)}.", field
+                )
+            read, room = len(prompt.tokens), served.max_context
+            if room is not None and read + (body.length or 1) > room:
+                asked = f"max_tokens is {body.length}: together" if read < room else "with any answer that is"
+                cure = " or ask for fewer tokens" if read < room else ""
+                raise bad_request(
+                    f"The prompt has {read} tokens and {asked} more than the {room} allowed. Shorten the "
+                    f"prompt{cure}.",
+                    field,
+                    code="context_length_exceeded",
+                )
+
     def _length(self, prompt: Prompt) -> int:
         """Tokens of an answer at most. A length that nobody asked for is no reason to refuse."""
         if self._body.length is not None:
             return self._body.length
         if self._served.max_context is None:
             return self._max_tokens
-        return max(min(self._max_tokens, self._served.max_context - len(prompt.tokens)), 1)
+        return min(self._max_tokens, self._served.max_context - len(prompt.tokens))
 
     def _deliver(self, number: int) -> Callable[[Piece], None]:
         """A callback for the engine's thread: it hands the pieces of a stream over to the loop's."""
@@ -118,7 +146,7 @@ class Generation:
             bias[int(key)] = value
         return Sampling(
             temperature=body.temperature,
-            top_k=body.top_k,
+            top_k=max(body.top_k, 0),
             top_p=body.top_p,
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty,

@@ -9,16 +9,18 @@ from pydantic_core import PydanticCustomError
 # they mean nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "image_url": (),
     "input_audio": (),
     "modalities": (["text"],),
+    "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
+    "prompt_cache_options": (),
     "reasoning_effort": (),
+    "refusal": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -67,18 +69,20 @@ class Strict(BaseModel):
     def _without_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # The best of n is all of them.
+        unsupported = _UNSUPPORTED | {"best_of": (values.get("n") or 1,)}
         kept = {}
         for name, value in values.items():
             if value is None:
                 continue
             if name in cls.model_fields:
                 kept[name] = value
-            elif name not in _UNSUPPORTED:
+            elif name not in unsupported:
                 # Half of a surrogate pair cannot be told.
                 told = name[:100].encode("utf-8", "backslashreplace").decode()
                 raise PydanticCustomError("unknown", "unknown", {"param": told})
             # 0 == False, and True == 1, which are other values in JSON.
-            elif not any(type(value) is type(same) and value == same for same in _UNSUPPORTED[name]):
+            elif not any(type(value) is type(same) and value == same for same in unsupported[name]):
                 raise PydanticCustomError("unsupported", "unsupported", {"param": name})
         return kept
 
@@ -105,8 +109,8 @@ class GenerationRequest(Strict):
     """0 always takes the likeliest token; 1 samples from the model's own distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the likeliest tokens that together reach this probability."""
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Only the k likeliest tokens; 0 is off."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    """Only the k likeliest tokens; 0 is off, and so is -1."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Only tokens at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -194,6 +198,8 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: Annotated[str, Field(max_length=1000)] | None = None
+    """Accepted, and not used."""
 
     @property
     def text(self) -> str:

@@ -72,6 +72,7 @@ def check_error(answer, status):
         ({**COMPLETION, "echo": True}, 400, "echo is not supported"),
         ({**COMPLETION, "suffix": "x"}, 400, "suffix is not supported"),
         ({**COMPLETION, "best_of": 2}, 400, "best_of is not supported"),
+        ({**COMPLETION, "top_k": -2}, 400, "top_k: "),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -80,6 +81,8 @@ def test_completions(server, body, status, message):
     assert message in error["message"]
     if message.endswith(": "):
         assert error["param"] == message[:-2]
+    if message.startswith(("at most the engine's", "tokens must be")):
+        assert error["param"] in ("n", "prompt")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,9 @@ def test_completions(server, body, status, message):
         ({"modalities": ["audio"]}, "modalities is not supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
         ({"store": True}, "store is not supported"),
+        ({"moderation": {}}, "moderation is not supported"),
+        ({"prompt_cache_options": {}}, "prompt_cache_options is not supported"),
+        ({"n": 33}, "more --slots"),
         ({"top_logprobs": 3}, "needs logprobs to be true"),
         ({"logprobs": 3}, "logprobs: "),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
@@ -144,6 +150,7 @@ NOT = "is not supported by this server. Leave it out."
         ),
         ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", f" {NOT}"),
         ({"role": "tool", "content": "a", "tool_call_id": "1"}, "tool_call_id", f" {NOT}"),
+        ({"role": "assistant", "content": "a", "refusal": "no"}, "refusal", f" {NOT}"),
     ],
     ids=str,
 )
@@ -157,7 +164,7 @@ def test_messages(server, message, place, text):
 @pytest.mark.parametrize(
     ("body", "param", "within"),
     [
-        ({"messages": [HI, {**HI, "name": "Bo"}]}, "messages[1].name", " in messages[1]"),
+        ({"messages": [HI, {**HI, "nick": "Bo"}]}, "messages[1].nick", " in messages[1]"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
             "messages[0].content[0].x",
@@ -184,10 +191,11 @@ def test_what_means_nothing_is_let_through(server):
         **{"parallel_tool_calls": True, "service_tier": "auto", "modalities": ["text"], "functions": None},
     }
     assert server.post("/v1/chat/completions", {**CHAT, **harmless}).status == 200
-    answered = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": []}
+    answered = {"role": "assistant", "content": "b", "name": "Bo", "refusal": None, "tool_calls": []}
     assert server.post("/v1/chat/completions", {**CHAT, "messages": [HI, answered, HI]}).status == 200
-    harmless = {"echo": False, "best_of": 1, "suffix": None, "logit_bias": None, "n": None}
-    assert server.post("/v1/completions", {**COMPLETION, **harmless}).status == 200
+    harmless = {"echo": False, "suffix": None, "logit_bias": None, "n": None, "top_k": -1}
+    for best in ({"best_of": 1}, {"best_of": 2, "n": 2}):
+        assert server.post("/v1/completions", {**COMPLETION, **harmless, **best}).status == 200
 
 
 def test_a_template_that_refuses(server):

@@ -157,7 +157,9 @@ def test_other_origins(limited, server):
 def test_limits(limited):
     answer = limited.post("/v1/completions", {**LONG, "max_tokens": 60_000}, headers=KEY)
     assert answer.status == 400
-    assert "more than the 60000 allowed" in answer.body["error"]["message"]
+    error = answer.body["error"]
+    assert "max_tokens is 60000: together more than the 60000 allowed" in error["message"]
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     assert limited.post("/v1/completions", {**LONG, "prompt": "a" * 6000}, headers=KEY).status == 413
     assert limited.post("/v1/completions", {**LONG, "n": 2}, headers=KEY).status == 400
 
@@ -171,7 +173,10 @@ def test_an_answer_whose_length_nobody_named_fits(serve, run):
         assert server.post("/v1/chat/completions", {**chat, name: 2}).status == 400
     chat["messages"][0]["content"] = "x" * 49
     answer = server.post("/v1/chat/completions", chat)
-    assert (answer.status, "more than the 50 allowed" in answer.body["error"]["message"]) == (400, True)
+    error = answer.body["error"]
+    assert answer.status == 400
+    assert "tokens and with any answer that is more than the 50 allowed." in error["message"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     prompts = {"model": "tiny", "prompt": ["x", "x" * 45], **ENDLESS}
     assert server.post("/v1/completions", prompts).body["usage"]["completion_tokens"] == 16 + 4
 
