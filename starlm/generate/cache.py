@@ -34,9 +34,12 @@ class PrefixCache:
 
     def find(self, tokens: Sequence[int]) -> DecodeState | None:
         """A copy of the state that has read most of the beginning of `tokens`, and not all of them."""
-        wanted, best, length = np.asarray(tokens, np.int64), None, FEWEST - 1
+        wanted, best, length = np.asarray(tokens, np.int64)[:-1], None, FEWEST - 1
         for entry in self._alike.get(_beginning(wanted), ()):
-            common = _common(entry.tokens, wanted[:-1])
+            # Many may share a beginning: most of them differ where they would be longer than the best.
+            if not _agree(entry.tokens, wanted, length):
+                continue
+            common = _common(entry.tokens, wanted)
             if common > length and _reaches(entry.state, common):
                 best, length = entry, common
         if best is None:
@@ -56,6 +59,8 @@ class PrefixCache:
         if len(ids) < FEWEST or state.num_bytes + ids.nbytes > self.limit:
             return
         for other in list(self._alike.get(_beginning(ids), ())):
+            if not _agree(other.tokens, ids, min(len(other.tokens), len(ids)) - 1):
+                continue
             common = _common(other.tokens, ids)
             if common == len(ids) and _reaches(other.state, common):
                 self._use(other)
@@ -98,6 +103,11 @@ class PrefixCache:
 
 def _beginning(tokens: np.ndarray) -> bytes:
     return tokens[:FEWEST].tobytes()
+
+
+def _agree(one: np.ndarray, two: np.ndarray, at: int) -> bool:
+    """Whether both sequences have the same token at a place."""
+    return at < min(len(one), len(two)) and one[at] == two[at]
 
 
 def _common(one: np.ndarray, two: np.ndarray) -> int:

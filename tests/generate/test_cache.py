@@ -86,6 +86,12 @@ def test_a_prompt_is_compared_with_those_that_begin_alike_only(monkeypatch):
     assert cache.find([100] * 30) is None
     cache.put([7] * 20, state)
     assert (len(cache), len(compared)) == (100, 2)
+    # Of a hundred with one beginning, those that may be longer than the best.
+    for number in range(100):
+        cache.put([*[200] * 20, number], state, copy=True)
+    assert (len(cache), len(compared)) == (200, 2)
+    assert cache.find([*[200] * 20, 300, 1]).lengths == [20]
+    assert len(compared) == 3
     cache.clear()
     assert (cache.find([7] * 30), len(cache._alike)) == (None, 0)
 
