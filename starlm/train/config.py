@@ -22,7 +22,7 @@ def _is_size(x: float | None) -> bool:
 
 
 def seen_from_here(named: Path, *, run: Path, out: Path) -> Path:
-    """A path that a run names: as it stands, or, if there is nothing, seen from where the run was made.
+    """A path that a run names: as it stands, or where the run was made, if only there it exists.
 
     Args:
         run: the run folder, from here.
@@ -31,7 +31,8 @@ def seen_from_here(named: Path, *, run: Path, out: Path) -> Path:
     name, place = out.parts, run.absolute().parts
     if named.exists() or not name or place[-len(name) :] != name:
         return named
-    return (Path(*place[: -len(name)]) / named).resolve()
+    there = Path(*place[: -len(name)]) / named
+    return there.resolve() if there.exists() else named
 
 
 @dataclass(frozen=True, kw_only=True)
