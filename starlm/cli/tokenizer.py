@@ -87,20 +87,28 @@ def _place(out: str) -> Path:
     """
     from starlm.data.shards import META
     from starlm.data.tokenizer import FILE
-    from starlm.model.folder import CONFIG, MANIFEST
+    from starlm.model.folder import CONFIG, read_json
 
     path = Path(out)
     file = path / FILE if path.is_dir() or out.endswith(("/", os.sep)) else path
     with readable_os_errors(file):
-        folder = file.resolve().parent
-    holds = {META: "prepared data", "run.toml": "a run", CONFIG: "a checkpoint", MANIFEST: "a checkpoint"}
-    for name, what in holds.items():
-        if (folder / name).is_file():
-            raise InputError(
-                f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
-                f"would spoil. Choose another --out."
-            )
+        target = file.resolve()
+    folder = target.parent
+    for name, what in {META: "prepared data", "run.toml": "a run", CONFIG: "a checkpoint"}.items():
+        # Prepared data can have no other file beside them; and many programs have a config.json.
+        if not (folder / name).is_file() or (name != META and target.name != FILE):
+            continue
+        if name == CONFIG and not _is_ours(read_json(folder / name)):
+            continue
+        raise InputError(
+            f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
+            f"would spoil. Choose another --out."
+        )
     return file
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "starlm"
 
 
 def _show(options: ShowOptions, console: Console) -> dict[str, Any]:

@@ -167,10 +167,10 @@ def _download(url: str, path: Path, report: Progress) -> None:
     with readable_os_errors(path):
         sync(partial)
         partial.replace(path)
+        _tag(path).unlink(missing_ok=True)
         if _tag(partial).exists():
-            _tag(partial).replace(_tag(path))
-        else:
-            _tag(path).unlink(missing_ok=True)
+            _tag(path).write_text(f"{_tag(partial).read_text()}\n{sha256(path)}")
+            _tag(partial).unlink()
 
 
 def _receive(url: str, path: Path, partial: Path, report: Progress) -> None:
@@ -185,8 +185,9 @@ def _receive(url: str, path: Path, partial: Path, report: Progress) -> None:
         # The server sends the rest only if the file is still the same, else all of it.
         headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()}
     elif path.exists() and _tag(path).exists():
-        validator = _tag(path).read_text()
-        headers["If-None-Match" if validator.startswith('"') else "If-Modified-Since"] = validator
+        validator, _, known = _tag(path).read_text().partition("\n")
+        if known == sha256(path):
+            headers["If-None-Match" if validator.startswith('"') else "If-Modified-Since"] = validator
     opener = urllib.request.build_opener(_Redirects)
     with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
         if answer.status == 206 and not (answer.headers["Content-Range"] or "").startswith(f"bytes {done}-"):
@@ -254,7 +255,8 @@ def _dataset(source: str, report: Progress, notes: list[str]) -> list[Path]:
             info = HfApi().dataset_info(name, revision=match["revision"], files_metadata=True)
         except (OSError, HTTPError) as error:
             # An answer that says no is one. Whether all is there, the library's cache does not tell.
-            if isinstance(error, HfHubHTTPError) or not (paths := _recorded(record)):
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code not in _BUSY
+            if refused or not (paths := _recorded(record)):
                 raise
             notes.append(f"{source}: nobody answered ({_reason(error)}), so what was fetched before is used.")
             return paths
@@ -285,10 +287,11 @@ def _dataset(source: str, report: Progress, notes: list[str]) -> list[Path]:
 
 
 def _recorded(record: Path) -> list[Path]:
-    """The files of a dataset that was fetched as a whole; none if one of them is gone."""
-    if not record.exists():
+    """The files of a dataset that was fetched as a whole; none if one of them is gone, or nobody knows."""
+    try:
+        paths = [Path(path) for path in json.loads(record.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
         return []
-    paths = [Path(path) for path in json.loads(record.read_text(encoding="utf-8"))]
     return paths if all(path.exists() for path in paths) else []
 
 

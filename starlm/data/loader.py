@@ -26,7 +26,7 @@ class Batch:
 
 
 def check_tokens(batch: Batch, split: Split, vocab_size: int) -> None:
-    """Refuse a batch of a split with tokens that the model does not know: only damaged data have them.
+    """Refuse a batch of a split with tokens beyond the vocabulary: only damaged data have them.
 
     Raises:
         InputError: there is one.

@@ -83,6 +83,8 @@ class Tokenizer:
         added = dict(sorted(inner.get_added_tokens_decoder().items()))
         # Ours, and those that others add with a chat template of their own.
         self.special: dict[str, int] = {t.content: number for number, t in added.items() if t.special}
+        self.ordinary: list[str] = [t.content for t in added.values() if not t.special]
+        """What was added and is no special token: a text that spells one has it."""
         for name in SPECIAL:
             if name not in self.special:
                 raise InputError(f"The tokenizer has no special token {name}. Train a tokenizer with StarLM.")

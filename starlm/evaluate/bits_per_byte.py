@@ -39,7 +39,7 @@ def evaluate(
         split_tokens: how many the split has.
 
     Raises:
-        InputError: another precision, or damaged data: tokens that the model does not know.
+        InputError: another precision, or damaged data: tokens that the tokenizer does not have.
     """
     device = model.head.weight.device
     sizes = torch.from_numpy(tokenizer.byte_lengths()).to(device)
@@ -51,7 +51,7 @@ def evaluate(
     model.eval()
     try:
         for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=rows):
-            check_tokens(batch, split, model.config.vocab_size)
+            check_tokens(batch, split, len(sizes))
             inputs, targets, first = (
                 torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.first)
             )

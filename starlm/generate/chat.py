@@ -104,11 +104,13 @@ def renderer(folder: Path, tokenizer: Tokenizer, style: Style = "auto") -> Rende
     Raises:
         InputError: a template that cannot be read, is none, or is missing where `style` asks for it.
     """
+    if style == "plain":
+        return None
     config, settings = (
         read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, SETTINGS)
     )
     learned = config.get("chat")
-    if style == "plain" or (style == "auto" and learned is False):
+    if style == "auto" and learned is False:
         return None
     file = folder / TEMPLATE
     try:
@@ -116,6 +118,9 @@ def renderer(folder: Path, tokenizer: Tokenizer, style: Style = "auto") -> Rende
             source = file.read_text(encoding="utf-8")
         else:
             file, source = folder / SETTINGS, settings.get("chat_template")
+            if isinstance(source, list):  # as transformers once wrote several, each with a name
+                named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+                source = named.get("default")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read {file}: {error}. Copy the checkpoint again.") from None
     if not isinstance(source, str):
@@ -148,7 +153,8 @@ def by_template(
     """A function from messages to tokens, by a chat template as transformers has them.
 
     The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
-    holds these characters, so nobody can speak in another's name.
+    holds these characters, so nobody can speak in another's name. What others have added to a vocabulary as
+    ordinary tokens, and the template writes, only the assistant's messages may hold.
 
     Args:
         source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
@@ -168,9 +174,18 @@ def by_template(
         raise InputError(
             f"The chat template is not valid Jinja: {error}. Mend it, or take --conversation plain."
         ) from None
-    longest_first = sorted(tokenizer.special, key=len, reverse=True)
-    names = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-    signs = sorted({_sign(name) for name in tokenizer.special})
+    own = "".join([source, bos_token, eos_token])
+    # What is a word like others no text can be kept from spelling.
+    special = {name: number for name, number in tokenizer.special.items() if _sign(name)}
+    for name in tokenizer.special.keys() - special.keys():
+        if name in own:
+            raise InputError(
+                f"The special token {name!r} is a word like others, so every text can spell it. Take "
+                f"--conversation plain."
+            )
+    spelt = [name for name in tokenizer.ordinary if name in own]
+    names = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+    signs = sorted({_sign(name) for name in special})
 
     def write(messages: Sequence[Message]) -> str:
         turns = [asdict(message) for message in messages]
@@ -185,6 +200,13 @@ def by_template(
             ) from None
 
     def render(messages: Sequence[Message]) -> list[int]:
+        for message in messages:
+            for name in spelt:
+                if message.role != "assistant" and name in message.content:
+                    raise InputError(
+                        f"A message holds {name}, which the model's chat template writes and which is no "
+                        f"special token, so it would be taken for the template's. Leave it out."
+                    )
         # Every special token has a sign. Those of messages are other characters while the template runs, for
         # private use, which it can trim, split or turn into capitals as it would a bar.
         known = set(source).union(*(message.content for message in messages))
@@ -202,8 +224,8 @@ def by_template(
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.
         for piece in names.split(written):
-            if piece in tokenizer.special:
-                tokens.append(tokenizer.special[piece])
+            if piece in special:
+                tokens.append(special[piece])
             else:
                 tokens += tokenizer.encode(piece.translate(shown))
         return tokens
@@ -212,8 +234,9 @@ def by_template(
 
 
 def _sign(name: str) -> str:
-    """A character without which a text cannot name this special token."""
-    return "|" if "|" in name else next((char for char in name if not char.isalnum()), name[0])
+    """A character without which a text cannot name this special token; none if it is letters alone."""
+    signs = (char for char in name if not char.isalnum() and not char.isspace())
+    return "|" if "|" in name else next(signs, "")
 
 
 class _Generation(Extension):

@@ -23,6 +23,8 @@ from starlm.model.config import StarLMConfig
 from starlm.model.folder import ends, find_checkpoint
 from starlm.model.model import StarLM
 
+# transformers and TRL fill vocabularies up to a multiple of at most so many rows.
+FILL = 128
 # Tokens of a prompt that are read in one call: enough to be efficient, few enough to bound the activations.
 CHUNK = 512
 
@@ -39,12 +41,14 @@ class TextModel:
             stop_ids: tokens that end an answer; default <|bos|>, which ends a document.
 
         Raises:
-            InputError: the tokenizer has tokens that the model does not know.
+            InputError: the tokenizer does not fit: the model has fewer rows, or more than those up to the
+                next multiple of a number from 8 to 128.
         """
-        if tokenizer.vocab_size > model.config.vocab_size:
+        known, rows = tokenizer.vocab_size, model.config.vocab_size
+        if known != rows and not (known < rows < known + FILL and rows % 8 == 0):
             raise InputError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}. Use "
-                f"the tokenizer.json that the model was trained with."
+                f"The tokenizer has {known} tokens, the model {rows}. Use the tokenizer.json that the model "
+                f"was trained with; if it is that one, transformers' resize_token_embeddings({known})."
             )
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset([tokenizer.bos] if stop_ids is None else stop_ids)

@@ -138,6 +138,7 @@ class StarLMModel(Backbone, PreTrainedModel):
             )
         past = 0 if cache is None else cache.get_seq_length()
         state = None if cache is None else cache.state
+        self._check(tokens, None, state)
         begun = [] if state is None else [slot.first for slot in state.slots]
         first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past, begun=begun)
         if first is not None and state is not None:

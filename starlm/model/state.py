@@ -310,8 +310,9 @@ class DecodeState:
     ) -> Iterator[Extension]:
         """A context to run every layer once on the next tokens in; at its end they are part of the state.
 
-        If the layers fail, the state stays as it was. The slots are this thread's meanwhile. Gradients reach
-        what this call appends, not what was there before; without them (`torch.no_grad`) no row is copied.
+        If a layer fails or is left out, the state stays as it was. The slots are this thread's meanwhile.
+        Gradients reach what this call appends, not what was there before; without them (`torch.no_grad`) no
+        row is copied.
 
         Args:
             tokens: ids of the next T tokens of every slot.
@@ -319,20 +320,32 @@ class DecodeState:
                 remembers it for the tokens that follow.
 
         Raises:
-            InputError: tokens or `first` that do not fit the slots; another thread works on one of them.
+            InputError: tokens or `first` that do not fit the slots; slots of several models; another thread
+                works on one of them; a layer that has not run, or on other tokens.
         """
         self.check_tokens(tokens, first)
+        self.check_layout(self.slots[0].layout)
+        length = tokens.shape[1]
         with self.working():
-            reach = self.first(tokens.shape[1], tokens.device) if first is None else first
-            yield Extension(self._layers(first), reach, self._origins(tokens, reach))
-            self.advance(tokens.shape[1], first)
+            reach = self.first(length, tokens.device) if first is None else first
+            rows = Extension(self._layers(first), reach, self._origins(tokens, reach))
+            yield rows
+            for number, layer in enumerate(rows.layers):
+                if layer.taken != length:
+                    raise InputError(
+                        f"Layer {number} has read {layer.taken or 0} of {length} new tokens. Run every layer "
+                        f"on all of them, each with its own of `layers` as state."
+                    )
+            self.advance(length, first)
 
     def check_tokens(self, tokens: Tensor, first: Tensor | None) -> None:
-        """Refuse tokens and `first` of another shape than the slots'."""
-        if tokens.dim() != 2 or tokens.shape[0] != self.batch:
+        """Refuse what are no token ids, and tokens and `first` of another shape than the slots'."""
+        whole = not tokens.is_floating_point() and tokens.dtype != torch.bool
+        if tokens.dim() != 2 or tokens.shape[0] != self.batch or not whole:
             raise InputError(
-                f"The decode state has {self.batch} slots, so it takes token ids [{self.batch}, T]; got the "
-                f"shape {list(tokens.shape)}. Make one for as many: model.new_state(batch)."
+                f"The decode state has {self.batch} slots, so it takes token ids [{self.batch}, T], whole "
+                f"numbers; got {tokens.dtype} of shape {list(tokens.shape)}. Make one for as many: "
+                f"model.new_state(batch)."
             )
         check_rows("A decode state", "first", first, tuple(tokens.shape))
 

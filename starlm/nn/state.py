@@ -85,6 +85,8 @@ class LayerState:
         starts: `first` of every slot, where it is known without asking the model's device.
         """
         self.slots, self.lengths, self.rows_device, self.starts = slots, lengths, rows_device, starts
+        # New tokens whose rows were written; None before any were.
+        self.taken: int | None = None
 
     def append(
         self, stream: str, rows: Float[Tensor, "B T H C"], keep: int | None
@@ -94,7 +96,7 @@ class LayerState:
         Args:
             keep: how far back this stream is read at most; None for all of it.
         """
-        kept = []
+        kept, self.taken = [], rows.shape[1]
         for slot, length, new in zip(self.slots, self.lengths, rows, strict=True):
             held = slot.get(stream, keep)
             kept.append((held.append(new, length)[None], held.base))
@@ -146,7 +148,7 @@ class LayerState:
         first: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T H C"], Float[Tensor, "B T H C"]]:
         """`starlm.ops.box.box` of the values, whose sums the stream holds, one row ahead."""
-        means, widths = [], []
+        means, widths, self.taken = [], [], values.shape[1]
         for slot, (streams, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
             one, rows = slice(slot, slot + 1), streams.get(stream, _sums(keep))
             sums = prefix_sums(values[one], rows.row(length)[None, None] if length else None)
@@ -186,7 +188,7 @@ class LayerState:
             count: T.
             sums: the stream is one of `box`.
         """
-        addresses, pasts, bases = [], [], []
+        addresses, pasts, bases, self.taken = [], [], [], count
         for streams, length in zip(self.slots, self.lengths, strict=True):
             rows = streams.get(stream, _sums(keep) if sums else keep)
             if sums and not length:

@@ -22,17 +22,19 @@ def _is_size(x: float | None) -> bool:
 
 
 def seen_from_here(named: Path, *, run: Path, out: Path) -> Path:
-    """A path that a run names: as it stands, or where the run was made, if only there it exists.
+    """A path that a run names: seen from where the run was made, if it exists there, else as it stands.
 
     Args:
         run: the run folder, from here.
         out: what the run calls that folder, which tells where it was made.
     """
     name, place = out.parts, run.absolute().parts
-    if named.exists() or not name or place[-len(name) :] != name:
+    if not name or place[-len(name) :] != name:
         return named
     there = Path(*place[: -len(name)]) / named
-    return there.resolve() if there.exists() else named
+    if not there.exists() or (named.exists() and named.samefile(there)):
+        return named
+    return there.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,7 +211,7 @@ class _Session:
     def _step(self, batch: Batch) -> None:
         """One step of the optimizers, and its record."""
         with self._kept():
-            check_tokens(batch, self.data.splits["train"], self.config.model.vocab_size)
+            check_tokens(batch, self.data.splits["train"], self.tokenizer.vocab_size)
         began, config = time.perf_counter(), self.config
         share = self.optimizers.schedule(self.done, config.num_steps)
         loss, norm = self.step(batch)

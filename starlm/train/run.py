@@ -59,8 +59,10 @@ class Run:
         if not self.last_step():
             # Nothing is lost if it begins again, with whatever settings.
             return
+        if old.init_from is not None:
+            # What it began with, which may be gone now.
+            old = replace(old, init_from=seen_from_here(old.init_from, run=self.folder, out=old.out))
         self._check_beginning(old)
-        # What it began with, which may be gone now.
         self.config = replace(self.config, init_from=old.init_from)
         if self.config.precision == "auto":
             self.config = replace(self.config, precision=old.precision)
@@ -82,7 +84,7 @@ class Run:
             return
         if theirs is None:
             began = "with random weights"
-        elif seen_from_here(theirs, run=self.folder, out=old.out).resolve() != given.resolve():
+        elif theirs.resolve() != given.resolve():
             began = f"with those of {theirs}"
         else:
             return

@@ -210,19 +210,18 @@ def test_tokenizer_train_reads_nothing_for_a_vocabulary_that_cannot_be(command):
     assert (done.code, "vocab_size must be at least 265" in done.err) == (2, True)
 
 
-@pytest.mark.parametrize("out", ["data", "data/new.json", "link.json"])
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "what", "out"),
     [
-        ("meta.json", "prepared data"),
-        ("run.toml", "a run"),
-        ("config.json", "a checkpoint"),
-        ("manifest.json", "a checkpoint"),
+        ("meta.json", "prepared data", "data"),
+        ("meta.json", "prepared data", "data/new.json"),
+        ("run.toml", "a run", "data"),
+        ("config.json", "a checkpoint", "link.json"),
     ],
 )
 def test_tokenizer_train_spoils_no_folder(command, out, name, what):
     Path("data").mkdir()
-    Path("data", name).write_text("{}")
+    Path("data", name).write_text('{"model_type": "starlm"}')
     Path("data/tokenizer.json").write_text("as it was")
     Path("link.json").symlink_to(Path("data/tokenizer.json").absolute())
     done = command("tokenizer", "train", "nowhere", "--out", out)

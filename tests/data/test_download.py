@@ -149,6 +149,9 @@ def test_a_file_is_fetched_again_if_asked(server, tagged):
     for _ in range(2):
         assert fetch(f"{server.url}/file.txt", again=True)[0] == path
         assert path.read_bytes() == TEXT[::-1]
+    # A copy that is no longer what came is not kept, whatever the server says of the file.
+    path.write_bytes(b"damaged")
+    assert fetch(f"{server.url}/file.txt", again=True)[0].read_bytes() == TEXT[::-1]
     known = f"{server.url}/file.txt#sha256={hashlib.sha256(TEXT[::-1]).hexdigest()}"
     asked = len(server.asked)
     assert fetch(known, again=True) == (path, [])
@@ -408,6 +411,12 @@ def test_a_dataset_that_was_fetched_needs_no_network(hub, tmp_path):
     assert json.loads(done.stdout)["reused"]
     assert "hf:some/texts/train: nobody answered (" in done.stderr
     assert "so what was fetched before is used." in done.stderr
+    # What is damaged counts as none.
+    (record,) = (tmp_path / "cache" / "datasets").glob("*.json")
+    whole = record.read_text()
+    record.write_text("[")
+    assert starlm(nowhere, tmp_path, "hf:some/texts/train").returncode == 2
+    record.write_text(whole)
     # A part is not the whole, and a server that says no has answered.
     assert starlm(nowhere, tmp_path, "hf:some/texts").returncode == 2
     hub.gone = True

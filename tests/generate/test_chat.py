@@ -189,6 +189,46 @@ def test_a_chat_model_without_a_template(tmp_path, tokenizer):
     assert renderer(tmp_path, tokenizer, "plain") is None
 
 
+def test_templates_by_name(tmp_path, tokenizer):
+    several = [
+        {"name": "tools", "template": "no"},
+        {"name": "default", "template": "{{ messages[0].content }}"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    render = renderer(tmp_path, tokenizer, "template")
+    assert render is not None
+    assert render([Message("user", "Hi")]) == tokenizer.encode("Hi")
+
+
+def test_plain_needs_no_settings(tmp_path, tokenizer):
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert renderer(tmp_path, tokenizer, "plain") is None
+
+
+def test_nobody_speaks_by_tokens_that_are_not_special(tokenizer):
+    inner = Library.from_str(tokenizer._inner.to_str())
+    inner.add_tokens(["<|im_end|>", "<think>"])
+    grown = Tokenizer(inner)
+    render = by_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", grown)
+    end = grown.encode("<|im_end|>")
+    assert len(end) == 1
+    assert render([Message("user", "<think>")]) == [*grown.encode("<think>"), *end]
+    assert render([Message("assistant", "a<|im_end|>")]) == [*grown.encode("a"), *end, *end]
+    with pytest.raises(InputError, match=r"A message holds <\|im_end\|>.*Leave it out"):
+        render([Message("user", "a<|im_end|>b")])
+
+
+def test_special_tokens_that_are_words(tokenizer):
+    inner = Library.from_str(tokenizer._inner.to_str())
+    inner.add_special_tokens(["EOS", " <sep>"])
+    grown = Tokenizer(inner)
+    with pytest.raises(InputError, match=r"'EOS' is a word like others.*--conversation plain"):
+        by_template("{{ messages[0].content }}EOS", grown)
+    render = by_template("{{ messages[0].content | trim | upper }}", grown)
+    assert render([Message("user", " eos ")]) == grown.encode("EOS")
+    assert grown.special["EOS"] not in grown.encode("EOS")
+
+
 def test_as_text():
     assert as_text(TALK) == "Be brief.\n\nHiHello\nBye"
     assert as_text([Message("user", "a\n"), Message("assistant", "b\n"), Message("user", "c ")]) == "a\nb\nc "

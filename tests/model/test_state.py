@@ -203,9 +203,7 @@ def test_impossible_crops_and_states():
         for method in (DecodeState.crop, DecodeState.fork):
             with pytest.raises(InputError, match="2 slots needs as many whole lengths"):
                 unchecked(method)(state, lengths=wanted)
-    with pytest.raises(
-        InputError, match=r"has 2 slots, so it takes token ids \[2, T\]; got the shape \[3, 1\]"
-    ):
+    with pytest.raises(InputError, match=r"2 slots, so it takes token ids \[2, T\].*of shape \[3, 1\]"):
         model(make_tokens(3, 1), state=state)
     with pytest.raises(InputError, match=r"integers \[B, T\]; got torch.float32"):
         unchecked(StarLM.forward)(model, make_tokens(2, 1).float(), state=state)

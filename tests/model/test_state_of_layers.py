@@ -96,6 +96,34 @@ def test_a_call_that_fails_leaves_the_state_as_it_was(model):
     assert_close(model(tokens[:, 8:], state=state), model(tokens)[:, 8:])
 
 
+def test_a_layer_that_was_left_out_or_read_other_tokens(model):
+    """Rows that nobody has written would be read later."""
+    tokens = torch.randint(VOCAB, (1, 5))
+    state = DecodeState.of(model.layers)
+    with pytest.raises(InputError, match=r"Layer 0 has read 0 of 5 new tokens"), state.extend(tokens):
+        pass
+    layers = list(model.layers)
+    model.layers = nn.ModuleList([*layers[:-1], nn.Identity()])
+    model.layers[-1].forward = lambda x, **_: x
+    with pytest.raises(InputError, match=rf"Layer {len(layers) - 1} has read 0 of 5 new tokens"):
+        model(tokens, state=state)
+    assert state.lengths == [0]
+    state = DecodeState.of([Deformer(WIDTH, 2)])
+    x = torch.randn(1, 3, WIDTH)
+    with pytest.raises(InputError, match=r"has read 3 of 5"), state.extend(tokens) as rows:
+        Deformer(WIDTH, 2)(x, state=rows.layers[0])
+
+
+def test_states_of_different_layers_have_no_call_in_common():
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    one, two = (DecodeState.of([Deformer(WIDTH, 2, kinds=("now", kind))]) for kind in ("now", "token"))
+    with (
+        pytest.raises(InputError, match="another model, or a layer has changed"),
+        DecodeState.join([one, two]).extend(tokens),
+    ):
+        pass
+
+
 def test_what_does_not_fit():
     state = DecodeState.of([Deformer(WIDTH, 2)], batch=2)
     for shape in ((3, 1), (2,)):
@@ -103,5 +131,7 @@ def test_what_does_not_fit():
             state.check_tokens(torch.zeros(shape, dtype=torch.long), None)
     with pytest.raises(InputError, match="A decode state needs first as integers"):
         state.check_tokens(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
+    with pytest.raises(InputError, match=r"whole numbers; got torch\.float32"):
+        state.check_tokens(torch.zeros(2, 3), None)
     with pytest.raises(InputError, match="rollback must be 0 or more"):
         DecodeState.of([Deformer(WIDTH, 2)], rollback=-1)

@@ -109,6 +109,10 @@ def test_a_run_that_began_otherwise_does_not_begin_again(base, begun, config, tm
     train(begun(steps=1, out=Path("runs/u"), init_from=Path("base")))
     monkeypatch.chdir("runs")
     assert train(begun(steps=2, out=Path("u"), init_from=Path("../base")))["step"] == 2
+    # Also after a session elsewhere, and where another thing has the name.
+    (tmp_path / "else" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "else")
+    assert train(begun(steps=3, out=Path("../runs/u"), init_from=Path("../base")))["step"] == 3
 
 
 def test_another_model(base, begun, data, tmp_path):
