@@ -54,7 +54,7 @@ class ChatOptions:
     save: Path | None = None
     """File that the conversation is written to after every answer (JSON)."""
     conversation: Literal["auto", "template", "plain"] = "auto"
-    """By the checkpoint's chat_template.jinja (template), as one text to continue (plain), or as the model
+    """By the checkpoint's chat template (template), as one text to continue (plain), or as the model
     was trained (auto, by "chat" in its config.json)."""
     max_tokens: int = 512
     """At most this many new tokens per answer."""

@@ -87,7 +87,7 @@ def _place(out: str) -> Path:
     """
     from starlm.data.shards import META
     from starlm.data.tokenizer import FILE
-    from starlm.model.folder import CONFIG, read_json
+    from starlm.model.folder import CONFIG
 
     path = Path(out)
     file = path / FILE if path.is_dir() or out.endswith(("/", os.sep)) else path
@@ -98,7 +98,7 @@ def _place(out: str) -> Path:
         # Prepared data can have no other file beside them; and many programs have a config.json.
         if not (folder / name).is_file() or (name != META and target.name != FILE):
             continue
-        if name == CONFIG and not _is_ours(read_json(folder / name)):
+        if name == CONFIG and not _is_a_model(folder):
             continue
         raise InputError(
             f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
@@ -107,8 +107,15 @@ def _place(out: str) -> Path:
     return file
 
 
-def _is_ours(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "starlm"
+def _is_a_model(folder: Path) -> bool:
+    """Whether the folder, which has a config.json, is a checkpoint of any library."""
+    from starlm.model.folder import CONFIG, read_json
+
+    try:
+        config = read_json(folder / CONFIG)
+    except InputError:  # Somebody's notes in JSON, or a checkpoint that is damaged.
+        return any(folder.glob("*.safetensors"))
+    return not config.keys().isdisjoint({"model_type", "architectures"})
 
 
 def _show(options: ShowOptions, console: Console) -> dict[str, Any]:

@@ -137,10 +137,11 @@ def _download(url: str, path: Path, report: Progress) -> None:
     A `path` that is there stays if the server says that it has not changed.
     """
     partial, failures = path.with_name(f".{path.name}.part"), 0
+    unchanged = _unless(path)
     while True:
         before = _size(partial)
         try:
-            _receive(url, path, partial, report)
+            _receive(url, partial, report, unchanged)
             break
         except urllib.error.HTTPError as error:
             if error.code == 304:
@@ -173,21 +174,32 @@ def _download(url: str, path: Path, report: Progress) -> None:
             _tag(partial).unlink()
 
 
-def _receive(url: str, path: Path, partial: Path, report: Progress) -> None:
+def _unless(path: Path) -> dict[str, str]:
+    """Headers that ask for a file unless it is the one at `path`; none if that is not as it came."""
+    if not (path.exists() and _tag(path).exists()):
+        return {}
+    validator, _, known = _tag(path).read_text().partition("\n")
+    if known != sha256(path):
+        return {}
+    return {"If-None-Match" if validator.startswith('"') else "If-Modified-Since": validator}
+
+
+def _receive(url: str, partial: Path, report: Progress, unchanged: dict[str, str]) -> None:
     """One try: append to `partial` what is missing of the file, or begin anew if it has changed.
 
+    Args:
+        unchanged: headers to which the server answers 304, if it has nothing new.
+
     Raises:
-        HTTPError: among others 304, the file at `path` is the server's.
+        HTTPError: 304 among others.
     """
     headers = {"User-Agent": "starlm"}
     done, tag = _size(partial), _tag(partial)
     if done and tag.exists():
         # The server sends the rest only if the file is still the same, else all of it.
         headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()}
-    elif path.exists() and _tag(path).exists():
-        validator, _, known = _tag(path).read_text().partition("\n")
-        if known == sha256(path):
-            headers["If-None-Match" if validator.startswith('"') else "If-Modified-Since"] = validator
+    else:
+        headers |= unchanged
     opener = urllib.request.build_opener(_Redirects)
     with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
         if answer.status == 206 and not (answer.headers["Content-Range"] or "").startswith(f"bytes {done}-"):

@@ -383,7 +383,7 @@ def _check_out(out: Path, identity: str, overwrite: bool) -> TokenData | None:
         return None
     if not out.is_dir():
         raise InputError(f"{out} is a file. Choose another --out, a folder.")
-    names = [path.name for path in out.iterdir() if not _LITTER.fullmatch(path.name)]
+    names = [path.name for path in out.iterdir() if path.is_dir() or not _LITTER.fullmatch(path.name)]
     if not names:
         return None
     if META not in names or not all(_OURS.fullmatch(name) for name in names):

@@ -81,10 +81,16 @@ class Tokenizer:
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size()
         added = dict(sorted(inner.get_added_tokens_decoder().items()))
+        # A text spells what was added and is no special token, and what the vocabulary had as a word before.
+        spelt = {
+            number
+            for number, token in added.items()
+            if not token.special or inner.encode(token.content, add_special_tokens=False).ids == [number]
+        }
         # Ours, and those that others add with a chat template of their own.
-        self.special: dict[str, int] = {t.content: number for number, t in added.items() if t.special}
-        self.ordinary: list[str] = [t.content for t in added.values() if not t.special]
-        """What was added and is no special token: a text that spells one has it."""
+        self.special: dict[str, int] = {t.content: n for n, t in added.items() if n not in spelt}
+        self.ordinary: list[str] = [added[number].content for number in spelt]
+        """What was added and is a word of the vocabulary: a text that spells one has it."""
         for name in SPECIAL:
             if name not in self.special:
                 raise InputError(f"The tokenizer has no special token {name}. Train a tokenizer with StarLM.")
@@ -98,7 +104,7 @@ class Tokenizer:
         self.end_of_turn: int = self.special["<|assistant_end|>"]
         self.pad: int = self.special[PAD]
         self._bytes = _bytes_of_tokens(
-            inner, {number: b"" if t.special else t.content.encode() for number, t in added.items()}
+            inner, {number: t.content.encode() if number in spelt else b"" for number, t in added.items()}
         )
 
     @classmethod

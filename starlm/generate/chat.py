@@ -7,7 +7,9 @@ one text.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -32,6 +34,9 @@ SETTINGS = "tokenizer_config.json"
 ROLES = ("system", "user", "assistant")
 # Tokens that end an answer besides <|bos|>.
 ENDS = ("<|assistant_end|>", "<|user_start|>")
+
+# In place of what a message says.
+_LETTER, _VEIL = re.compile(r"\S"), "\uf8ff"
 
 Style = Literal["auto", "template", "plain"]
 Render = Callable[[Sequence["Message"]], list[int]]
@@ -154,14 +159,16 @@ def by_template(
 
     The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
     holds these characters, so nobody can speak in another's name. What others have added to a vocabulary as
-    ordinary tokens, and the template writes, only the assistant's messages may hold.
+    ordinary tokens, and the template writes, only the assistant's messages may hold; nor may a message make a
+    token with what the template writes around it.
 
     Args:
         source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
 
     Raises:
         InputError: not Jinja; and from the function, messages that the template refuses or fails on, or
-            whose signs of which special tokens are made, bars for ours, it does more with than to write them.
+            whose signs of which special tokens are made, bars for ours, it does more with than to write them,
+            or who would speak by a token of its own.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -183,8 +190,7 @@ def by_template(
                 f"The special token {name!r} is a word like others, so every text can spell it. Take "
                 f"--conversation plain."
             )
-    spelt = [name for name in tokenizer.ordinary if name in own]
-    names = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+    names = _one_of(special)
     signs = sorted({_sign(name) for name in special})
 
     def write(messages: Sequence[Message]) -> str:
@@ -199,28 +205,48 @@ def by_template(
                 f"Change the messages; who runs the model may take --conversation plain."
             ) from None
 
+    def veil(messages: Sequence[Message]) -> str:
+        """What the template writes where only the assistant has said anything that can be read."""
+        return write(
+            [m if m.role == "assistant" else Message(m.role, _LETTER.sub(_VEIL, m.content)) for m in messages]
+        )
+
+    # Ordinary tokens are words like others, but for those with which the template itself speaks.
+    signed = [name for name in tokenizer.ordinary if _sign(name)]
+    frames = [own]
+    for roles in (ROLES, ROLES[1:]) if signed else ():
+        with suppress(InputError):  # A template may know no system.
+            frames.append(write([Message(role, _VEIL) for role in (*roles, "user")]))
+    controls = {name for name in signed if any(name in frame for frame in frames)}
+
     def render(messages: Sequence[Message]) -> list[int]:
-        for message in messages:
-            for name in spelt:
-                if message.role != "assistant" and name in message.content:
-                    raise InputError(
-                        f"A message holds {name}, which the model's chat template writes and which is no "
-                        f"special token, so it would be taken for the template's. Leave it out."
-                    )
         # Every special token has a sign. Those of messages are other characters while the template runs, for
         # private use, which it can trim, split or turn into capitals as it would a bar.
-        known = set(source).union(*(message.content for message in messages))
+        known = set(source).union(_VEIL, *(message.content for message in messages))
         free = (char for char in map(chr, range(0xE000, 0xF900)) if char not in known)
         hidden = {ord(sign): next(free, "\ue000") for sign in signs}
         shown = {ord(char): chr(sign) for sign, char in hidden.items()}
-        written = write([Message(m.role, m.content.translate(hidden)) for m in messages])
-        if written.translate(shown) != write(messages):
+        unsigned = [Message(m.role, m.content.translate(hidden)) for m in messages]
+        written, plain = write(unsigned), write(messages)
+        if written.translate(shown) != plain:
             told = " and ".join(signs)
             raise InputError(
                 f"The model's chat template does not only write the {told} of a message, so it might be "
                 f"taken for part of a special token. Leave out {told}; who runs the model may take "
                 f"--conversation plain."
             )
+        # A message may yet spell a token with what stands around it; and alone, one that is not special.
+        checks = [(names, written, veil(unsigned))]
+        if signed:
+            frame = veil(messages)
+            checks.append((_one_of([n for n in signed if n in controls or n in frame]), plain, frame))
+        for wanted, text, frame in checks:
+            found, meant = Counter(wanted.findall(text)), Counter(wanted.findall(frame))
+            for name in found - meant:
+                raise InputError(
+                    f"A message holds {name}, or makes it with what the model's chat template writes around "
+                    f"it, and would be taken for the template. Leave it out."
+                )
         tokens: list[int] = []
         # What stands between two special tokens is encoded in one go, as in training.
         for piece in names.split(written):
@@ -231,6 +257,13 @@ def by_template(
         return tokens
 
     return render
+
+
+def _one_of(names: Collection[str]) -> re.Pattern[str]:
+    """Any of these, the longest first; of none, nothing."""
+    return re.compile(
+        "(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else r"(?!)"
+    )
 
 
 def _sign(name: str) -> str:

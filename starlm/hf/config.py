@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from starlm.errors import InputError
 from starlm.model.checkpoint import AUTO_MAP, write_remote_code
 from starlm.model.config import StarLMConfig
 from starlm.model.folder import check_untied
@@ -36,16 +37,21 @@ class StarLMHFConfig(PreTrainedConfig):
         """Args: kwargs: fields of `StarLMConfig`, and what `PreTrainedConfig` takes.
 
         Raises:
-            InputError: an impossible value.
+            InputError: an impossible value, or two that contradict each other.
         """
         own = self.attribute_map | _DERIVED
-        # In a file that was written they stand beside the fields.
-        renamed = {
-            own.get(name, name): value for name, value in kwargs.items() if own.get(name) not in kwargs
-        }
+        # As in a file that was written.
+        beside = {name: kwargs.pop(name) for name, field in own.items() if {name, field} <= kwargs.keys()}
+        renamed = {own.get(name, name): value for name, value in kwargs.items()}
         given = {name: renamed.pop(name) for name in _FIELDS if name in renamed}
         for name, value in to_dict(from_dict(StarLMConfig, given, where="the config")).items():
             setattr(self, name, value)
+        for name, value in beside.items():
+            if value not in (None, getattr(self, name)):
+                raise InputError(
+                    f"The config says {name} {value}, but {own[name]} {given[own[name]]}, which means "
+                    f"{getattr(self, name)}. Give one of the two alone."
+                )
         self.bos_token_id = self.eos_token_id = self.pad_token_id = None
         self.auto_map = dict(AUTO_MAP)
         check_untied(renamed.get("tie_word_embeddings"), "the config")

@@ -142,7 +142,6 @@ class StarLMModel(Backbone, PreTrainedModel):
         begun = [] if state is None else [slot.first for slot in state.slots]
         first = first_rows(attention_mask, position_ids, batch=batch, length=length, past=past, begun=begun)
         if first is not None and state is not None:
-            self._check(tokens, first, state)
             # Where a neighbour begins a document, who goes on with one still begins where it began.
             began = state.first(length, first.device)
             first = first if began is None else torch.maximum(first, began)

@@ -45,7 +45,7 @@ class ServeOptions:
     grace: float = 30.0
     """Seconds that answers have to finish in after SIGTERM or Ctrl+C; then they are cut off."""
     conversation: Literal["auto", "template", "plain"] = "auto"
-    """By the checkpoint's chat_template.jinja (template), as one text to continue (plain), or as the model
+    """By the checkpoint's chat template (template), as one text to continue (plain), or as the model
     was trained (auto, by "chat" in its config.json)."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""

@@ -1,7 +1,7 @@
 """What one training run is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -194,3 +194,11 @@ class TrainConfig:
             ratio = 20.0 if self.tokens_per_param is None else self.tokens_per_param
             tokens = ratio * (parts["total"] - parts["embedding"])
         return max(1, round(tokens / self.batch_tokens))
+
+
+def findable(config: TrainConfig) -> TrainConfig:
+    """As a run writes it: paths are absolute where `out` does not tell from where they were seen."""
+    if not config.out.is_absolute() and ".." not in config.out.parts:
+        return config
+    began = None if config.init_from is None else config.init_from.absolute()
+    return replace(config, data=config.data.absolute(), init_from=began)

@@ -18,7 +18,7 @@ from starlm.model.checkpoint import load_tensors, load_weights, save_tensors, wr
 from starlm.model.folder import TRAINING, read_json, step_of, steps, verify, write_json, write_manifest
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
-from starlm.train.config import Precision, TrainConfig, seen_from_here
+from starlm.train.config import Precision, TrainConfig, findable, seen_from_here
 from starlm.train.optim import Optimizers
 
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
@@ -98,7 +98,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         # The settings first: a folder without them is not taken for a run.
-        write_whole(self.folder / "run.toml", to_toml(self.config).encode())
+        write_whole(self.folder / "run.toml", to_toml(findable(self.config)).encode())
         tokenizer.save(self.folder / "tokenizer.json")
         again = {"plan", "end"} | ({"validation", "sample"} if step in (0, self.config.num_steps) else set())
         records = ((record, record.get("step", 0)) for record in self.records())

@@ -363,6 +363,13 @@ def test_what_file_managers_leave_is_in_nobodys_way(corpus, name):
     (corpus / "empty").mkdir()
     (corpus / "empty" / name).write_text("x")
     assert not prepare([corpus / "text"], corpus / "empty", **OPTIONS).reused
+    # A folder is no leftover, whatever its name.
+    thesis = corpus / "folder" / name / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years")
+    with pytest.raises(InputError, match="something else than prepared data"):
+        prepare([corpus / "text"], corpus / "folder", **OPTIONS)
+    assert thesis.read_text() == "years"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -282,6 +282,21 @@ def test_tokens_that_others_have_added():
     assert grown.byte_lengths()[size:].tolist() == [0, len("<é 0>".encode())]
 
 
+def test_special_tokens_that_are_words_of_the_vocabulary():
+    """Every text can spell them, so they are words: nothing of a text is lost."""
+    inner = Tokenizer.train(["### Title\n### Other ## x\n" * 50], 300)._inner
+    number = inner.token_to_id("###")
+    assert number is not None
+    inner.add_special_tokens(["###", "<|im_start|>"])
+    grown = Tokenizer(inner)
+    assert "###" not in grown.special
+    assert grown.ordinary == ["###"]
+    assert "<|im_start|>" in grown.special
+    assert number in grown.encode("### hi")
+    assert grown.decode(grown.encode("### hi <|im_start|>")) == "### hi <|im_start|>"
+    assert grown.byte_lengths()[number] == 3
+
+
 def test_a_plain_tokenizer_is_refused():
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -186,6 +186,26 @@ def test_derived_names_are_told_and_follow_the_fields(tmp_path):
     assert StarLMHFConfig.from_pretrained(tmp_path, hidden_size=64).shape == StarLMConfig(depth=2, dim=64)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_hidden_layers", 5, "num_hidden_layers 5, but depth 2"),
+        ("max_position_embeddings", 64, "max_position_embeddings 64, but context 512"),
+        ("hidden_size", 256, "hidden_size 256, but dim 0, which means 128"),
+        ("num_attention_heads", 2, "num_attention_heads 2, but heads 0, which means 8"),
+    ],
+)
+def test_names_that_contradict_the_fields_are_refused(tmp_path, name, value, words):
+    """As in a config that somebody has edited; which of the two was meant nobody knows."""
+    known = StarLMHFConfig(depth=2).to_dict()
+    assert StarLMHFConfig(**known).shape == StarLMConfig(depth=2)
+    with pytest.raises(InputError, match=rf"{words}.*Give one of the two alone"):
+        StarLMHFConfig(**{**known, name: value})
+    (tmp_path / "config.json").write_text(json.dumps({**known, name: value}))
+    with pytest.raises(InputError, match=words):
+        StarLMHFConfig.from_pretrained(tmp_path)
+
+
 def test_tied_embeddings_are_refused(tmp_path):
     with pytest.raises(InputError, match="tie_word_embeddings"):
         StarLMHFConfig(tie_word_embeddings=True)

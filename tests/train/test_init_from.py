@@ -1,6 +1,7 @@
 """A run that begins with the weights of another model: which model may, what it knows, and how it goes on."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from starlm.cli.eval import trained_on
 from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.errors import InputError
@@ -113,6 +115,23 @@ def test_a_run_that_began_otherwise_does_not_begin_again(base, begun, config, tm
     (tmp_path / "else" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "else")
     assert train(begun(steps=3, out=Path("../runs/u"), init_from=Path("../base")))["step"] == 3
+
+
+@pytest.mark.parametrize("out", ["absolute", "up"])
+def test_a_run_finds_its_data_whatever_folder_it_is_in(base, begun, data, tmp_path, monkeypatch, out):
+    """Where `out` does not tell from where its paths were seen."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    near = {
+        name: Path(os.path.relpath(path)) for name, path in (("data", data), ("init_from", tmp_path / "base"))
+    }
+    train(begun(steps=1, out=tmp_path / "run" if out == "absolute" else Path("../run"), **near))
+    monkeypatch.chdir(data)
+    old = read_config(tmp_path / "run")
+    assert (old.data.resolve(), old.init_from.resolve()) == (data.resolve(), tmp_path / "base")
+    assert trained_on(tmp_path / "run").samefile(data)
+    assert train(replace(old, out=tmp_path / "run", steps=2))["step"] == 2
 
 
 def test_another_model(base, begun, data, tmp_path):
