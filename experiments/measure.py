@@ -19,7 +19,7 @@ def by_position_and_recall(model: StarLM, split: Split, max_tokens: int) -> dict
     Returns:
         by_position: from each of 0, 32, 128, 256 on to the next, position counted from the row's beginning.
         recall: of tokens that complete a bigram seen earlier in their document and row (Zoology, arXiv
-            2312.04927); other: of the rest; and the share of recall tokens.
+            2312.04927); other: of the rest; and the share of recall tokens. tokens_measured: of how many.
     """
     length = model.config.context
     bounds = [0, *(p for p in POSITIONS if p < length), length]
@@ -45,5 +45,6 @@ def by_position_and_recall(model: StarLM, split: Split, max_tokens: int) -> dict
         "by_position": {str(begin): round(m.item(), 4) for begin, m in zip(bounds, means, strict=False)},
         "recall": round((recall[0] / recall[1]).item(), 4),
         "other": round((other[0] / other[1]).item(), 4),
+        "tokens_measured": int(kinds[:, 1].sum()),
         "recall_share": round((recall[1] / (recall[1] + other[1])).item(), 4),
     }

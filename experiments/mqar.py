@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.store import save
+from experiments.program import parser, start, within
+from experiments.store import save, taken
 from experiments.variants import NAMES, builder, settings
 from starlm.data.loader import Batch
 from starlm.device import pick_device
+from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results" / "mqar"
 VOCAB, TRAIN_ROWS, TEST_ROWS, POWER = 8192, 100_000, 3_000, 0.99
-EPOCHS = 64
+EPOCHS, DEPTH = 64, 2
 BATCH = {256: 256, 512: 128, 1024: 64}
 
 
@@ -100,23 +102,41 @@ def accuracy(model: StarLM, inputs: Tensor, labels: Tensor, pairs: int) -> float
 def run(args: argparse.Namespace, rate: float) -> None:
     """One model, one learning rate; skipped if its result is there."""
     length, pairs = args.size
-    shorter = "" if args.epochs == EPOCHS else f"-e{args.epochs}"
-    name = f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}{shorter}-seed{args.seed}"
-    path = RESULTS / f"{name}.json"
-    if path.is_file():
+    batch = args.batch or BATCH.get(length, 512)
+    asked = {
+        "variant": args.variant,
+        "length": length,
+        "pairs": pairs,
+        "width": args.width,
+        "depth": args.depth,
+        "rate": rate,
+        "seed": args.seed,
+        "batch": batch,
+        "rows": args.rows,
+        "epochs_allowed": args.epochs,
+    }
+    other = "" if args.depth == DEPTH else f"-l{args.depth}"
+    other += "" if args.rows == TRAIN_ROWS else f"-n{args.rows}"
+    other += "" if args.epochs == EPOCHS else f"-e{args.epochs}"
+    path = RESULTS / f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}{other}-seed{args.seed}.json"
+    if taken(path, asked):
         return
-    inputs, labels = map(torch.from_numpy, examples(TRAIN_ROWS, length, pairs, seed=args.seed + 1))
+    if not 1 <= pairs <= VOCAB // 2 - 1 or (length - 2 * pairs) // 2 < pairs:
+        raise InputError(f"{pairs} pairs and as many questions do not fit into {length} tokens.")
+    if batch > args.rows:
+        raise InputError(f"A batch of {batch} examples is more than there are: {args.rows}. Give a --batch.")
+    inputs, labels = map(torch.from_numpy, examples(args.rows, length, pairs, seed=args.seed + 1))
     test = tuple(map(torch.from_numpy, examples(TEST_ROWS, length, pairs, seed=args.seed + 10_000)))
     torch.manual_seed(args.seed)
-    options = {**settings(args.variant), "mlp_ratio": 0, "depth": 2, "dim": args.width, "softcap": 0.0}
-    model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=length, **options))
+    shape = {"mlp_ratio": 0, "depth": args.depth, "dim": args.width, "softcap": 0.0}
+    config = StarLMConfig(vocab_size=VOCAB, context=length, **{**settings(args.variant), **shape})
+    model = builder(args.variant)(config)
     # The recipe's optimizer; weights start as its models do, since zero heads are part of another recipe.
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
     model.to(pick_device(args.device))
-    batch = args.batch or BATCH.get(length, 512)
-    per_epoch = TRAIN_ROWS // batch
+    per_epoch = args.rows // batch
     horizon = args.epochs * per_epoch
     optimizer = Cosine(model, rate, horizon)
 
@@ -126,7 +146,7 @@ def run(args: argparse.Namespace, rate: float) -> None:
     train = TrainingStep(model, optimizer, loss)
     order, step, curve, began = np.random.default_rng(args.seed), 0, [], time.perf_counter()
     while step < horizon and (not curve or curve[-1][1] < 0.99):
-        rows = torch.from_numpy(order.permutation(TRAIN_ROWS))
+        rows = torch.from_numpy(order.permutation(args.rows))
         # A recorded step takes one size: the last examples of an epoch wait for the next.
         for piece in rows[: per_epoch * batch].split(batch):
             optimizer.schedule(step)
@@ -140,15 +160,8 @@ def run(args: argparse.Namespace, rate: float) -> None:
                 if curve[-1][1] >= 0.99:
                     break
     result = {
-        "variant": args.variant,
-        "length": length,
-        "pairs": pairs,
-        "width": args.width,
-        "rate": rate,
-        "seed": args.seed,
-        "batch": batch,
+        **asked,
         "updates": step,
-        "epochs_allowed": args.epochs,
         "accuracy": curve[-1][1],
         "chance": 1 / pairs,
         "seconds": round(time.perf_counter() - began, 1),
@@ -159,23 +172,27 @@ def run(args: argparse.Namespace, rate: float) -> None:
 
 def main() -> None:
     """Every learning rate that was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options, whole = parser(__doc__), within(int, 1)
+    options.add_argument("variant", choices=NAMES, metavar="variant", help=", ".join(NAMES))
+    options.add_argument("--size", type=whole, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
+    options.add_argument("--width", type=whole, default=64)
+    options.add_argument("--depth", type=whole, default=DEPTH)
+    options.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4.6e-4, 2.2e-3, 1e-2])
+    options.add_argument("--epochs", type=whole, default=EPOCHS)
+    options.add_argument(
+        "--rows", type=whole, default=TRAIN_ROWS, help="training examples, to try things out"
     )
-    parser.add_argument("variant", choices=NAMES)
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 4), metavar=("LENGTH", "PAIRS"))
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4.6e-4, 2.2e-3, 1e-2])
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--batch", type=int, default=0, help="examples per update; 0 as published")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
-    args = parser.parse_args()
+    options.add_argument(
+        "--batch", type=within(int, 0), default=0, help="examples per update; 0 as published"
+    )
+    options.add_argument("--seed", type=within(int, 0), default=0)
+    options.add_argument("--threads", type=whole, default=1)
+    options.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     for rate in args.rates:
         run(args, rate)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -6,7 +6,6 @@ A fact is one key token and one answer token, put into ordinary text (the embedd
 comes again and the model must say the answer. Prints time per token and memory along the way.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import psutil
 import torch
 from torch import nn
 
-from experiments.store import save
-from experiments.variants import NAMES, builder, settings
-from starlm.data.prepare import prepare
+from experiments import corpora
+from experiments.program import parser, start, within
+from experiments.store import save, taken
+from experiments.variants import DECODING, builder, settings
 from starlm.data.shards import Split, TokenData
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -25,8 +25,8 @@ from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
 
 RESULTS = Path(__file__).parent / "results" / "needle"
-DATA = Path("runs/experiments/data/embedded")
 FACTS, TRAINED = 64, 1024
+STEPS, WIDTH, DEPTH, DEPTHS = 300, 64, 2, [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]
 
 
 def text(split: Split) -> np.ndarray:
@@ -112,25 +112,41 @@ def ask(model: StarLM, tokens: np.ndarray, report: bool) -> tuple[int, list[dict
 
 def main() -> None:
     """Train, then ask at several depths of a long text."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options, whole = parser(__doc__), within(int, 1)
+    options.add_argument(
+        "--variant", choices=DECODING, metavar="VARIANT", default="star", help=", ".join(DECODING)
     )
-    parser.add_argument("--variant", choices=NAMES, default="star")
-    parser.add_argument("--length", type=int, default=1_000_000)
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    options.add_argument("--length", type=within(int, 4), default=1_000_000)
+    options.add_argument(
+        "--depths", type=within(float, 0, 1), nargs="+", default=DEPTHS, help="0 is the beginning"
+    )
+    options.add_argument("--steps", type=whole, default=STEPS)
+    options.add_argument("--width", type=whole, default=WIDTH)
+    options.add_argument("--depth", type=whole, default=DEPTH, help="layers of the model")
+    options.add_argument("--seed", type=within(int, 0), default=0)
+    options.add_argument("--threads", type=whole, default=2)
+    args = options.parse_args()
+    asked = {
+        "variant": args.variant,
+        "length": args.length,
+        "width": args.width,
+        "depth": args.depth,
+        "steps": args.steps,
+        "depths": args.depths,
+        "seed": args.seed,
+    }
+    other = "" if args.width == WIDTH else f"-w{args.width}"
+    other += "" if args.depth == DEPTH else f"-l{args.depth}"
+    other += "" if args.steps == STEPS else f"-s{args.steps}"
+    path = RESULTS / f"{args.variant}-{args.length}{other}-seed{args.seed}.json"
+    if taken(path, asked):
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    if not DATA.exists():
-        prepare("embedded", DATA)
-    data = TokenData.open(DATA)
+    data = TokenData.open(corpora.folder("embedded"))
     vocab, rng = data.vocab_size, np.random.default_rng(args.seed)
-    options = {**settings(args.variant), "depth": 2, "dim": args.width}
-    model = builder(args.variant)(StarLMConfig(vocab_size=vocab + 2 * FACTS, context=TRAINED, **options))
+    shape = {**settings(args.variant), "depth": args.depth, "dim": args.width}
+    model = builder(args.variant)(StarLMConfig(vocab_size=vocab + 2 * FACTS, context=TRAINED, **shape))
     share = train(model, text(data.splits["train"]), vocab, rng, args.steps)
     print(f"trained at {TRAINED}: {share:.3f} of the answers right", flush=True)
     held_out, found = text(data.splits["validation"]), {}
@@ -142,17 +158,14 @@ def main() -> None:
         found[depth] = said == int(answer)
         print(f"fact at depth {depth}: {'found' if found[depth] else 'not found'}", flush=True)
     result = {
-        "variant": args.variant,
-        "length": args.length,
-        "width": args.width,
+        **asked,
         "trained_at": TRAINED,
         "trained_accuracy": share,
         "found": found,
         "along_the_way": measured,
     }
-    path = RESULTS / f"{args.variant}-{args.length}-seed{args.seed}.json"
     save(path, result)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -6,7 +6,6 @@ Both start from the same weights and see the same batches; the losses differ by 
 amplifies slowly.
 """
 
-import argparse
 import json
 import time
 from contextlib import nullcontext
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from experiments.store import save
+from experiments import corpora
+from experiments.program import parser, start, within
+from experiments.store import save, taken
 from starlm.data.loader import PackedLoader
-from starlm.data.prepare import prepare
 from starlm.data.shards import TokenData
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
@@ -25,7 +25,6 @@ from starlm.train.config import OptimConfig
 from starlm.train.optim import Optimizers
 
 RESULTS = Path(__file__).parent / "results" / "reference"
-DATA = Path("runs/experiments/data/embedded")
 
 
 def losses(config: StarLMConfig, steps: int, data: TokenData, *, fused: bool) -> tuple[list[float], float]:
@@ -52,19 +51,18 @@ def _losses(config: StarLMConfig, steps: int, data: TokenData) -> tuple[list[flo
 
 def main() -> None:
     """Train twice and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    options, whole = parser(__doc__), within(int, 1)
+    options.add_argument("--steps", type=whole, default=100)
+    options.add_argument("--width", type=whole, default=128)
+    options.add_argument("--depth", type=whole, default=4)
+    options.add_argument("--length", type=whole, default=256)
+    options.add_argument("--threads", type=whole, default=1)
+    args = options.parse_args()
+    path = RESULTS / f"star-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}.json"
+    if taken(path, {name: value for name, value in vars(args).items() if name != "threads"}):
+        return
     torch.set_num_threads(args.threads)
-    if not DATA.exists():
-        prepare("embedded", DATA, vocab_size=4096)
-    data = TokenData.open(DATA)
+    data = TokenData.open(corpora.folder("embedded"))
     config = StarLMConfig(
         vocab_size=data.vocab_size, depth=args.depth, dim=args.width, context=args.length, preset="star"
     )
@@ -78,9 +76,8 @@ def main() -> None:
         "largest_difference": {"first_10_steps": max(apart[:10]), "all": max(apart)},
     }
     print(json.dumps(result, indent=1))
-    path = RESULTS / f"star-w{args.width}-l{args.depth}-t{args.length}-s{args.steps}.json"
     save(path, result)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

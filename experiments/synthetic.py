@@ -11,7 +11,6 @@ lag-N: the token N positions back. token-lag-N: as far back as the token itself 
 which of 8 equal parts of the trained length a position lies.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.store import save
-from experiments.variants import NAMES, builder, settings
+from experiments.program import parser, start, within
+from experiments.store import save, taken
+from experiments.variants import DECODING, builder, settings
 from starlm.data.loader import Batch
 from starlm.device import pick_device
+from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.train.config import OptimConfig
@@ -30,7 +31,7 @@ from starlm.train.optim import Optimizers
 from starlm.train.step import TrainingStep
 
 RESULTS = Path(__file__).parent / "results" / "synthetic"
-VOCAB, TRAINED, CHUNK = 512, 256, 4096
+VOCAB, TRAINED, CHUNK, DEPTH = 512, 256, 4096, 2
 LENGTHS = [256, 1024, 4096, 16384, 65536]
 Rows = tuple[torch.Tensor, torch.Tensor]
 
@@ -96,32 +97,49 @@ def accuracy(model: StarLM, tokens: torch.Tensor, labels: torch.Tensor) -> float
 
 def main() -> None:
     """Train at 256, then test at every length."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("variant", choices=NAMES)
-    parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--heads", type=int, default=0, help="0: as the width has it")
-    parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate")
-    parser.add_argument("--shift-rate", type=float, default=OptimConfig().shift_lr, help="over the others'")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
-    args = parser.parse_args()
+    options, whole = parser(__doc__), within(int, 1)
+    options.add_argument("variant", choices=DECODING, metavar="variant", help=", ".join(DECODING))
+    options.add_argument("--task", choices=list(TASKS), required=True)
+    options.add_argument("--width", type=whole, default=64)
+    options.add_argument("--depth", type=whole, default=DEPTH)
+    options.add_argument("--steps", type=whole, default=2000)
+    options.add_argument("--heads", type=within(int, 0), default=0, help="0: as the width has it")
+    options.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate")
+    options.add_argument("--shift-rate", type=float, default=OptimConfig().shift_lr, help="over the others'")
+    options.add_argument("--lengths", type=within(int, 4), nargs="+", default=LENGTHS)
+    options.add_argument("--seed", type=within(int, 0), default=0)
+    options.add_argument("--threads", type=whole, default=1)
+    options.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
+    args = options.parse_args()
+    task = TASKS[args.task]
+    for length in args.lengths:
+        if not (task(np.random.default_rng(0), 1, length)[1] >= 0).any():
+            raise InputError(f"{args.task} asks nothing in {length} tokens. Give longer --lengths.")
+    shape = {**settings(args.variant), "depth": args.depth, "dim": args.width, "heads": args.heads}
+    config = StarLMConfig(vocab_size=VOCAB, context=TRAINED, **shape)
+    asked = {
+        "task": args.task,
+        "variant": args.variant,
+        "width": args.width,
+        "depth": args.depth,
+        "heads": config.num_heads,
+        "matrix_lr": args.rate,
+        "shift_lr": args.shift_rate,
+        "seed": args.seed,
+        "steps": args.steps,
+        "lengths": args.lengths,
+    }
+    depth = "" if args.depth == DEPTH else f"-l{args.depth}"
     heads = f"-h{args.heads}" if args.heads else ""
     shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
-    name = f"{args.task}-{args.variant}-w{args.width}{heads}-lr{args.rate}{shifts}-seed{args.seed}"
+    name = f"{args.task}-{args.variant}-w{args.width}{depth}{heads}-lr{args.rate}{shifts}-seed{args.seed}"
     path = RESULTS / f"{name}.json"
-    if path.is_file():
+    if taken(path, asked):
         return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng, task = np.random.default_rng(args.seed), TASKS[args.task]
-    options = {**settings(args.variant), "depth": 2, "dim": args.width, "heads": args.heads}
-    model = builder(args.variant)(StarLMConfig(vocab_size=VOCAB, context=TRAINED, **options))
+    rng = np.random.default_rng(args.seed)
+    model = builder(args.variant)(config)
     model.to(pick_device(args.device))
     optimizers = Optimizers(model, OptimConfig(matrix_lr=args.rate, shift_lr=args.shift_rate))
     train = TrainingStep(model, optimizers, lambda tokens, labels, first: model.loss(tokens, labels))
@@ -141,13 +159,7 @@ def main() -> None:
         by_length[length] = accuracy(model, *task(np.random.default_rng(2), rows, length))
         print(f"{path.stem}: {steps} updates, length {length}: {by_length[length]:.4f}", flush=True)
     result = {
-        "task": args.task,
-        "variant": args.variant,
-        "width": args.width,
-        "heads": model.config.num_heads,
-        "matrix_lr": args.rate,
-        "shift_lr": args.shift_rate,
-        "seed": args.seed,
+        **asked,
         "updates": steps,
         "seconds": round(time.perf_counter() - began, 1),
         "accuracy": by_length,
@@ -156,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

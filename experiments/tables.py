@@ -6,7 +6,6 @@ python -m experiments.tables mqar
 python -m experiments.tables lm --plot docs/lm.png --steps 1500
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -17,6 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.program import parser, start
+from starlm.errors import InputError
 from starlm.report.plots import COLORS
 from starlm.train.config import OptimConfig
 
@@ -24,6 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 # What a chart calls a variant, where that is not its name.
 LABELS = {"transformer": "Transformer", "star-W": "star, DDW over 64", "star-W256": "star, DDW over 256"}
 Rows = list[dict[str, Any]]
+# Runs of language models that agree on these can be compared.
+SETTING = ("corpus", "width", "depth", "length", "steps", "batch_tokens", "eval_tokens")
 
 
 def read(kind: str) -> Rows:
@@ -31,6 +34,9 @@ def read(kind: str) -> Rows:
     rows = [json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))]
     default = OptimConfig().shift_lr
     for row in rows:
+        # What the first files do not say.
+        row.setdefault("batch_tokens", 4096)
+        row.setdefault("eval_tokens", 65536)
         if (rate := row.get("shift_lr", default)) != default:
             row["variant"] += f", shift rate {rate:g}"
         if (precision := row.get("precision", "float32")) != "float32":
@@ -46,10 +52,10 @@ def grouped(rows: Rows, *keys: str) -> dict[tuple, Rows]:
     return groups
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """The mean, and with several values the distance between the largest and the smallest."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({max(values) - min(values):.3f})"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({max(values) - min(values):.{digits}f})"
 
 
 def at_best_rate(runs: Rows) -> Rows:
@@ -60,10 +66,9 @@ def at_best_rate(runs: Rows) -> Rows:
 
 def lm(rows: Rows) -> Iterable[str]:
     """One table per setting: of each variant its best rate, over its seeds; lowest loss first."""
-    for key, group in sorted(grouped(rows, "corpus", "width", "depth", "length", "steps").items()):
-        corpus, width, depth, length, steps = key
+    for key, group in sorted(grouped(rows, *SETTING).items()):
         tokens = group[0]["tokens"] / 1e6
-        yield f"\n{corpus}, width {width}, depth {depth}, T {length}, {steps} steps, {tokens:.1f} M tokens\n"
+        yield f"\n{_told(key)}, {tokens:.1f} M tokens\n"
         bounds = list(group[0]["by_position"])
         yield _line(
             "variant", "loss", *(f"from {b}" for b in bounds), "recall", "others", "rate of rates", "seeds"
@@ -81,7 +86,7 @@ def lm(rows: Rows) -> Iterable[str]:
                 spread([run["recall"] for run in runs]),
                 spread([run["other"] for run in runs]),
                 f"{runs[0]['matrix_lr']:g} of {len(rates)}",
-                str(len(runs)),
+                str(len({run["seed"] for run in runs})),
             )
 
 
@@ -90,37 +95,43 @@ def synthetic(rows: Rows) -> Iterable[str]:
     for (task,), group in sorted(grouped(rows, "task").items()):
         lengths = sorted({int(n) for row in group for n in row["accuracy"]})
         yield f"\n{task}\n"
-        yield _line("variant", "width", "heads", "rate", "updates", *(f"{n:,}" for n in lengths))
-        yield _line("---", *["---:"] * (len(lengths) + 4))
-        for row in sorted(group, key=lambda row: (row["variant"], row["width"], row.get("heads", 0))):
+        yield _line("variant", "width", "heads", "rate", "seed", "updates", *(f"{n:,}" for n in lengths))
+        yield _line("---", *["---:"] * (len(lengths) + 5))
+        order = ("variant", "width", "heads", "seed")
+        for row in sorted(group, key=lambda row: [row.get(name, 0) for name in order]):
             figures = (row["accuracy"].get(str(n)) for n in lengths)
             yield _line(
                 row["variant"],
                 str(row["width"]),
                 str(row.get("heads", "")),
                 str(row.get("matrix_lr", "")),
+                str(row["seed"]),
                 str(row["updates"]),
                 *("" if figure is None else f"{figure:.3f}" for figure in figures),
             )
 
 
 def mqar(rows: Rows) -> Iterable[str]:
-    """The best of each variant's rates, by size."""
-    yield _line("variant", "width", "(length, pairs)", "accuracy", "rate", "updates", "chance", "seeds")
-    yield _line("---", *["---:"] * 7)
-    for (variant, width, length, pairs), group in sorted(
-        grouped(rows, "variant", "width", "length", "pairs").items()
-    ):
-        best = max(group, key=lambda row: row["accuracy"])
+    """Of each variant the rate with the highest mean accuracy, by size and the epochs that it might take."""
+    yield _line(
+        *("variant", "width", "(length, pairs)", "accuracy", "rate of rates", "seeds"),
+        *("updates", "epochs at most", "chance"),
+    )
+    yield _line("---", *["---:"] * 8)
+    keys = ("variant", "width", "length", "pairs", "batch", "epochs_allowed")
+    for (variant, width, length, pairs, _, epochs), group in sorted(grouped(rows, *keys).items()):
+        rates = grouped(group, "rate")
+        best = max(rates.values(), key=lambda runs: statistics.mean(run["accuracy"] for run in runs))
         yield _line(
             variant,
             str(width),
             f"({length}, {pairs})",
-            f"{best['accuracy']:.4f}",
-            f"{best['rate']:g} of {len({row['rate'] for row in group})}",
-            str(best["updates"]),
-            f"{best['chance']:.4f}",
-            str(len({row["seed"] for row in group})),
+            spread([run["accuracy"] for run in best], digits=4),
+            f"{best[0]['rate']:g} of {len(rates)}",
+            str(len({run["seed"] for run in best})),
+            ", ".join(str(run["updates"]) for run in best),
+            str(epochs),
+            f"{best[0]['chance']:.4f}",
         )
 
 
@@ -128,17 +139,38 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _told(setting: tuple) -> str:
+    """One of `SETTING` in words."""
+    corpus, width, depth, length, steps, batch, _ = setting
+    return f"{corpus}, width {width}, depth {depth}, T {length}, {steps} steps of {batch} tokens"
+
+
 def draw(rows: Rows, path: Path) -> None:
     """Validation loss over training tokens: a line per variant at its best rate, seeds in the same colour.
 
     The highest end is named first.
+
+    Raises:
+        InputError: no runs, runs that cannot be compared, or a file of another kind than PNG.
     """
+    groups = sorted(grouped(rows, *SETTING))
+    if len(groups) != 1:
+        several = "".join(f"\n  {_told(group)}" for group in groups) or " none"
+        raise InputError(
+            f"A chart is of one setting; these results have:{several}\n"
+            f"Choose with --corpus, --steps, --length and --width."
+        )
+    if path.suffix != ".png":
+        raise InputError(f"{path} is not a .png. Name one.")
     best = [at_best_rate(runs) for runs in grouped(rows, "variant").values()]
     best.sort(key=lambda runs: -statistics.mean(run["loss"] for run in runs))
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
+    precisions = {run.get("precision", "float32") for run in rows}
     for runs, color in zip(best, itertools.cycle(COLORS)):
-        name = runs[0]["variant"].removesuffix(f", {runs[0].get('precision')}")
+        name = runs[0]["variant"]
+        if len(precisions) == 1:
+            name = name.removesuffix(f", {runs[0].get('precision')}")
         for run in runs:
             scale = run["tokens"] / run["steps"] / 1e6
             axes.plot(
@@ -159,28 +191,30 @@ def draw(rows: Rows, path: Path) -> None:
 
 def main() -> None:
     """Print one kind of table, of all results or of some; draw, if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    tables = {"lm": lm, "synthetic": synthetic, "mqar": mqar}
-    parser.add_argument("kind", choices=list(tables))
-    parser.add_argument("--corpus", help="only runs on this text")
-    parser.add_argument("--steps", type=int, help="only runs of this many steps")
-    parser.add_argument("--length", type=int, help="only runs on rows of this many tokens")
-    parser.add_argument("--variants", nargs="+", help="only these")
-    parser.add_argument("--plot", type=Path, help="with lm: also draw the curves into this file")
-    args = parser.parse_args()
-    wanted = {"corpus": args.corpus, "steps": args.steps, "length": args.length}
+    options, tables = parser(__doc__), {"lm": lm, "synthetic": synthetic, "mqar": mqar}
+    options.add_argument("kind", choices=list(tables))
+    options.add_argument("--corpus", help="only runs on this text")
+    options.add_argument("--steps", type=int, help="only runs of this many steps")
+    options.add_argument("--length", type=int, help="only runs on rows of this many tokens")
+    options.add_argument("--width", type=int, help="only models of this width")
+    options.add_argument("--variants", nargs="+", help="only these")
+    options.add_argument("--plot", type=Path, help="with lm: also draw the curves into this .png")
+    args = options.parse_args()
+    if args.plot and args.kind != "lm":
+        options.error("--plot draws the results of lm alone")
+    wanted = {name: getattr(args, name) for name in ("corpus", "steps", "length", "width")}
     rows = [
         row
         for row in read(args.kind)
         if all(value in (None, row.get(name)) for name, value in wanted.items())
         and (args.variants is None or row["variant"].split(",")[0] in args.variants)
     ]
+    if not rows:
+        raise InputError(f"No results in {RESULTS / args.kind} match.")
     print("\n".join(tables[args.kind](rows)))
     if args.plot:
         draw(rows, args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

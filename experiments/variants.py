@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from experiments.candidates import Star, Taps
+from starlm.errors import InputError
 from starlm.model.config import StarLMConfig
 from starlm.model.model import StarLM
 from starlm.nn.deformer import Deformer
@@ -76,6 +77,8 @@ NAMES = [
         for shifts in SHIFTS
     ),
 ]
+# Candidates read whole rows only: they have no decode state.
+DECODING = [name for name in NAMES if name not in CANDIDATES]
 
 
 class Static(nn.Module):
@@ -102,10 +105,17 @@ def builder(name: str) -> Callable[[StarLMConfig], StarLM]:
     random: shift projections start at random, as other matrices do, in place of a spread of their biases.
     frozen: so, and they stay. static: a learned constant per channel takes their place, and their D²
     parameters go to the MLP, whose hidden width grows from 4 D to 4.5 D.
+
+    The function raises InputError where a model is too shallow for the variant's pattern of layers.
     """
     shifts = name.partition("+")[2]
 
     def build(config: StarLMConfig) -> StarLM:
+        if set(config.layers) != set(config.layer_kinds):
+            raise InputError(
+                f"{name} has the layers {config.layers}, of which {config.depth} leave {config.layer_kinds}. "
+                f"Take --depth {len(config.layers)} or more."
+            )
         model = StarLM(config)
         if name in CANDIDATES:
             makes = CANDIDATES[name][1]

@@ -126,8 +126,13 @@ class TrainBenchOptions(GridOptions):
 
     def describe(self) -> str:
         """The sizes that all rows share."""
+        steps = {length: self.rows(length) for length in self.lengths}
+        if all(rows * length == self.batch_tokens for length, rows in steps.items()):
+            tokens = f"{self.batch_tokens:,}"
+        else:
+            tokens = ", ".join(f"{rows:,} x {length:,}" for length, rows in steps.items())
         return (
-            f"{self.batch_tokens:,} tokens a step, {self.depth} layers, D = {self.dim}, V = "
+            f"{tokens} tokens a step, {self.depth} layers, D = {self.dim}, V = "
             f"{self.vocab_size}, {self.dtype}{', compiled' if self.compile else ''}"
         )
 

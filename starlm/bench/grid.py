@@ -270,7 +270,9 @@ def _figure(name: str, size: int, grid: Grid, timings: Mapping[tuple[str, int], 
         return "skipped"
     ratio = _ratio(name, size, grid, timings)
     times = "" if ratio is None or name == grid.baseline else f" {ratio:.2f}x"
-    return f"{grid.value(timing.median, size):,.4g} ({timing.spread:.0%}){times}"
+    value = grid.value(timing.median, size)
+    shown = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{shown} ({timing.spread:.0%}){times}"
 
 
 def _mebibytes(size: int | None) -> str:

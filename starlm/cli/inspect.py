@@ -64,12 +64,15 @@ def run(options: InspectOptions, console: Console) -> dict[str, Any]:
     }
     data = {"title": str(options.model), "token": token, "texts": texts, **asdict(found)}
     files = [write_page(data, options.out, token=token)]
-    if options.png is not None:
+    drawable = options.png is not None and bool(found.heads)
+    if options.png is not None and drawable:
         files.append(write_picture(data, options.png, token=token))
     _say(data, console)
+    if options.png is not None and not drawable:
+        console.say(f"{options.png} was not written: a picture is of Deformer layers, and there are none.")
     for file in files:
         console.say(str(file))
-    return {"html": str(options.out), "png": options.png and str(options.png), **data}
+    return {"html": str(options.out), "png": str(options.png) if drawable else None, **data}
 
 
 def _token(token: int | None, length: int) -> int:
@@ -88,7 +91,8 @@ def _say(data: dict[str, Any], console: Console) -> None:
         figures = [f"{reach[name]:,}" if reads else "–" for name in ("median", "p90", "max")]
         nothing = f"{reach['nothing']:.1%}" if reach["nothing"] else ""
         rows.append([str(group["layer"] + 1), group["kind"], str(group["heads"]), *figures, nothing])
-    console.table(rows)
+    if len(rows) > 1:
+        console.table(rows)
     others = [name for name in data["layers"] if name != "deformer"]
     if others:
         console.say(

@@ -176,6 +176,7 @@ def _fitting(tensors: dict[str, Tensor], model: StarLM, folder: Path) -> dict[st
             asked = f"has floats of shape {wanted[name]}" if name in wanted else "does not know it"
             raise InputError(
                 f"The weights in {folder} do not fit its config.json: {name} {given}; the model of that "
-                f"config {asked}. Copy the two files from the same checkpoint."
+                f"config {asked}. Copy the two files from the same checkpoint; a model that was trained with "
+                f"layers of its own (build=) needs them here, too."
             )
     return tensors

@@ -106,8 +106,8 @@ def _arcs(axes: Any, data: Mapping[str, Any], kinds: Sequence[str], token: int) 
     axes.legend(handles=shown, loc="upper left", ncols=len(shown), frameon=False, fontsize=9, handlelength=1)
     missing = sorted({head["kind"] for head in data["heads"] if not head["rows"][token - data["begin"]]})
     says = f"; no such row for {', '.join(missing)} heads" if missing else ""
-    axes.set_title(f"{data['title']}: what the heads of all layers read for token {token:,} of "
-                   f"{data['num_tokens']:,}{says}", loc="left", fontsize=11)  # fmt: skip
+    axes.set_title(f"{data['title']}: what the heads of all layers read for token {token:,} (of 0 to "
+                   f"{data['num_tokens'] - 1:,}){says}", loc="left", fontsize=11)  # fmt: skip
 
 
 def gather(

@@ -145,6 +145,20 @@ def test_steps():
         assert cells["star", size]["value"] == pytest.approx(tokens / cells["star", size]["seconds"][0])
 
 
+def test_what_a_step_had():
+    """What was asked for, or what it came to where rows do not fill it."""
+    for lengths, told in (((16, 32), "32"), ((16, 24, 64), "2 x 16, 1 x 24, 1 x 64")):
+        options = dataclasses.replace(STEPS, lengths=lengths, batch_tokens=32)
+        assert options.describe().startswith(f"{told} tokens a step, ")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.12345, "0.1235"), (999.4, "999.4"), (11738.2, "11,738")])
+def test_figures_in_tables_can_be_read(capsys, value, shown):
+    grid = dataclasses.replace(GRID, value=lambda seconds, _: value)
+    run("layer", grid, {"a": Peer(make=lambda size: lambda: None)}, LAYER, {})
+    assert f" {shown} (" in capsys.readouterr().out
+
+
 def test_decoding(capsys):
     result = decode.main(DECODE, {})
     assert {peer for peer, _ in by_cell(result)} == {

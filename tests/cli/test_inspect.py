@@ -53,6 +53,15 @@ def test_what_is_drawn_lies_around_the_token(command, model, token, begin):
     assert {str(row) for row in rows} <= done.json["texts"].keys()
 
 
+def test_a_model_whose_layers_choose_no_rows(command, tmp_path):
+    other = write_model_folder(tmp_path / "other", layers="A")
+    done = command("inspect", "--model", other, "--text", TEXT, "--png", "a.png", "--json")
+    assert (done.code, done.json["png"], done.json["heads"]) == (0, None, [])
+    assert "a.png was not written: a picture is of Deformer layers, and there are none." in done.err
+    assert "median" not in done.err
+    assert not Path("a.png").exists()
+
+
 def test_text_from_stdin_or_a_file(command, model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
     piped = command("inspect", "--model", model, "--json").json

@@ -126,6 +126,7 @@ def test_packages_are_found_in_a_folder_of_any_name(tmp_path, monkeypatch):
     for name in ("numpy/core.py", "numpy/again.py", "numpy/tests/test_core.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x = 1\n" if "test" not in name else "y = 1\n")
+    monkeypatch.setattr(packages, "NAMES", ("numpy",))
     monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(root))
     assert packages.sources() == [root / "numpy" / "again.py"]
 
