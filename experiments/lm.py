@@ -12,7 +12,7 @@ import torch
 
 from experiments import corpora
 from experiments.measure import by_position_and_recall
-from experiments.program import parser, start, within
+from experiments.program import parser, start, unusual, within
 from experiments.store import save, taken
 from experiments.variants import NAMES, builder, settings
 from starlm.data.shards import TokenData
@@ -29,12 +29,11 @@ BATCH = 4096
 
 def run(name: str, args: argparse.Namespace, seed: int, rate: float) -> Path:
     """Train and measure one variant; the path of its result."""
-    shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
-    size = f"w{args.width}-l{args.depth}-t{args.length}-s{args.steps}"
-    batch = "" if args.batch == BATCH else f"-b{args.batch}"
+    size = f"w{args.width}-l{args.depth}-t{args.length}-s{args.steps}" + unusual(args, b=("batch", BATCH))
+    shifts = unusual(args, shift=("shift_rate", OptimConfig().shift_lr))
     precision = "" if args.precision == "float32" else f"-{args.precision}"
     corpus = corpora.name_of(args.corpus, args.vocab)
-    key = f"{corpus}-{name}-{size}{batch}-lr{rate}{shifts}{precision}-seed{seed}"
+    key = f"{corpus}-{name}-{size}-lr{rate}{shifts}{precision}-seed{seed}"
     asked = {
         "variant": name,
         "corpus": args.corpus,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.program import parser, start, within
+from experiments.program import parser, start, unusual, within
 from experiments.store import save, taken
 from experiments.variants import NAMES, builder, settings
 from starlm.data.loader import Batch
@@ -115,9 +115,7 @@ def run(args: argparse.Namespace, rate: float) -> None:
         "rows": args.rows,
         "epochs_allowed": args.epochs,
     }
-    other = "" if args.depth == DEPTH else f"-l{args.depth}"
-    other += "" if args.rows == TRAIN_ROWS else f"-n{args.rows}"
-    other += "" if args.epochs == EPOCHS else f"-e{args.epochs}"
+    other = unusual(args, l=("depth", DEPTH), n=("rows", TRAIN_ROWS), e=("epochs", EPOCHS))
     path = RESULTS / f"{args.variant}-L{length}-k{pairs}-w{args.width}-lr{rate}{other}-seed{args.seed}.json"
     if taken(path, asked):
         return

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from experiments import corpora
-from experiments.program import parser, start, within
+from experiments.program import parser, start, unusual, within
 from experiments.store import save, taken
 from experiments.variants import DECODING, builder, settings
 from starlm.data.shards import Split, TokenData
@@ -135,9 +135,7 @@ def main() -> None:
         "depths": args.depths,
         "seed": args.seed,
     }
-    other = "" if args.width == WIDTH else f"-w{args.width}"
-    other += "" if args.depth == DEPTH else f"-l{args.depth}"
-    other += "" if args.steps == STEPS else f"-s{args.steps}"
+    other = unusual(args, w=("width", WIDTH), l=("depth", DEPTH), s=("steps", STEPS))
     path = RESULTS / f"{args.variant}-{args.length}{other}-seed{args.seed}.json"
     if taken(path, asked):
         return

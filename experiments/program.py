@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from starlm.errors import StarLMError
 
@@ -25,6 +26,16 @@ def within(kind: type, low: float, high: float | None = None) -> Callable[[str],
 
     read.__name__ = "number" if kind is float else "whole number"
     return read
+
+
+def unusual(args: argparse.Namespace, **usual: tuple[str, Any]) -> str:
+    """What a file's name says of options that are not as usual, such as -l3-e4.
+
+    Args:
+        usual: by the mark in the name, the option and its usual value.
+    """
+    given = {mark: (getattr(args, name), value) for mark, (name, value) in usual.items()}
+    return "".join(f"-{mark}{value}" for mark, (value, known) in given.items() if value != known)
 
 
 def start(main: Callable[[], None]) -> None:

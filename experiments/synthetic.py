@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.program import parser, start, within
+from experiments.program import parser, start, unusual, within
 from experiments.store import save, taken
 from experiments.variants import DECODING, builder, settings
 from starlm.data.loader import Batch
@@ -129,10 +129,9 @@ def main() -> None:
         "steps": args.steps,
         "lengths": args.lengths,
     }
-    depth = "" if args.depth == DEPTH else f"-l{args.depth}"
-    heads = f"-h{args.heads}" if args.heads else ""
-    shifts = "" if args.shift_rate == OptimConfig().shift_lr else f"-shift{args.shift_rate}"
-    name = f"{args.task}-{args.variant}-w{args.width}{depth}{heads}-lr{args.rate}{shifts}-seed{args.seed}"
+    size = f"w{args.width}" + unusual(args, l=("depth", DEPTH), h=("heads", 0))
+    rate = f"lr{args.rate}" + unusual(args, shift=("shift_rate", OptimConfig().shift_lr))
+    name = f"{args.task}-{args.variant}-{size}-{rate}-seed{args.seed}"
     path = RESULTS / f"{name}.json"
     if taken(path, asked):
         return
