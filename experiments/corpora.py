@@ -29,8 +29,11 @@ def folder(corpus: str, *, path: str | None = None, vocab: int = VOCAB) -> Path:
         raise InputError(
             f"The corpus {wrong}. Give --corpus-path with a name that you choose, and only then."
         )
-    sources = "embedded" if corpus == "embedded" else [path] if path is not None else packages.sources()
     out = WORK / "data" / name_of(corpus, vocab)
+    if out.exists() and not own:
+        # Perhaps made elsewhere: it is what it is called, whatever is installed here.
+        return out
+    sources = "embedded" if corpus == "embedded" else [path] if path is not None else packages.sources()
     prepare(sources, out, vocab_size=vocab, validation_fraction=HELD_OUT.get(corpus, 0.05))
     return out
 

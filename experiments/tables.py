@@ -141,8 +141,9 @@ def _line(*cells: str) -> str:
 
 def _told(setting: tuple) -> str:
     """One of `SETTING` in words."""
-    corpus, width, depth, length, steps, batch, _ = setting
-    return f"{corpus}, width {width}, depth {depth}, T {length}, {steps} steps of {batch} tokens"
+    corpus, width, depth, length, steps, batch, measured = setting
+    size = f"width {width}, depth {depth}, T {length}"
+    return f"{corpus}, {size}, {steps} steps of {batch} tokens, measured on {measured}"
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -158,7 +159,7 @@ def draw(rows: Rows, path: Path) -> None:
         several = "".join(f"\n  {_told(group)}" for group in groups) or " none"
         raise InputError(
             f"A chart is of one setting; these results have:{several}\n"
-            f"Choose with --corpus, --steps, --length and --width."
+            f"Choose with --corpus, --steps, --length, --width, --depth, --batch-tokens and --eval-tokens."
         )
     if path.suffix != ".png":
         raise InputError(f"{path} is not a .png. Name one.")
@@ -196,13 +197,16 @@ def main() -> None:
     options.add_argument("--corpus", help="only runs on this text")
     options.add_argument("--steps", type=int, help="only runs of this many steps")
     options.add_argument("--length", type=int, help="only runs on rows of this many tokens")
-    options.add_argument("--width", type=int, help="only models of this width")
+    for name, what in (("width", "models of this width"), ("depth", "models of so many layers")):
+        options.add_argument(f"--{name}", type=int, help=f"only {what}")
+    options.add_argument("--batch-tokens", type=int, help="only runs with so many tokens per step")
+    options.add_argument("--eval-tokens", type=int, help="only losses on at most so many tokens")
     options.add_argument("--variants", nargs="+", help="only these")
     options.add_argument("--plot", type=Path, help="with lm: also draw the curves into this .png")
     args = options.parse_args()
     if args.plot and args.kind != "lm":
         options.error("--plot draws the results of lm alone")
-    wanted = {name: getattr(args, name) for name in ("corpus", "steps", "length", "width")}
+    wanted = {name: getattr(args, name) for name in SETTING}
     rows = [
         row
         for row in read(args.kind)

@@ -50,8 +50,7 @@ class Verb(Generic[O]):
     one_of: frozenset[str] = frozenset()
     """Options that exclude each other: one of them in a layer puts those of the layers below out of force."""
     follow: Callable[[O], Layer] | None = None
-    """Defaults that follow from other options, such as a model's vocabulary from its data; above a preset
-    and what is resumed."""
+    """Defaults that follow from other options, such as a model's vocabulary from its data; above a preset."""
     follows: tuple[str, ...] = ()
     """The options that they follow from: paths."""
     resumes: tuple[str, str] | None = None
@@ -113,11 +112,12 @@ def resolve(prog: str, summary: str, verb: Verb[O], argv: list[str]) -> tuple[O,
 
 
 def _layers(verb: Verb[O], argv: list[str], follow: Layer) -> O:
-    """Everything below the command line, with a layer right below --config; not checked as a whole."""
+    """Everything below the command line, with a layer right above the preset; not checked as a whole."""
     options = from_dict(verb.options, dict(verb.base), where="the defaults")
     preset, config = _value_of("--preset", argv), _value_of("--config", argv)
     if preset is not None:
         options = _overlay(verb, options, _preset(verb, preset), f"preset {preset}")
+    options = _overlay(verb, options, follow, "the defaults")
     if verb.resumes and preset is None and config is None and not _HELP & set(argv):
         option, name = verb.resumes
         file = Path(_value_of(f"--{option}", argv) or getattr(options, option)) / name
@@ -125,7 +125,6 @@ def _layers(verb: Verb[O], argv: list[str], follow: Layer) -> O:
             # Where it was looked for, also if it has moved there from elsewhere.
             layer = {**verb.read_config(file), option: str(file.parent)}
             options = _overlay(verb, options, layer, str(file))
-    options = _overlay(verb, options, follow, "the defaults")
     if config is not None:
         options = _overlay(verb, options, verb.read_config(Path(config)), config)
     return options

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,35 +88,35 @@ def _place(out: str) -> Path:
     """
     from starlm.data.shards import META
     from starlm.data.tokenizer import FILE
-    from starlm.model.folder import CONFIG
 
     path = Path(out)
     file = path / FILE if path.is_dir() or out.endswith(("/", os.sep)) else path
     with readable_os_errors(file):
         target = file.resolve()
     folder = target.parent
-    for name, what in {META: "prepared data", "run.toml": "a run", CONFIG: "a checkpoint"}.items():
-        # Prepared data can have no other file beside them; and many programs have a config.json.
-        if not (folder / name).is_file() or (name != META and target.name != FILE):
-            continue
-        if name == CONFIG and not _is_a_model(folder):
-            continue
-        raise InputError(
-            f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
-            f"would spoil. Choose another --out."
-        )
+    holds = {META: "prepared data"}
+    if target.name == FILE:
+        # Prepared data can have no other file beside them.
+        holds |= {"run.toml": "a run", **dict.fromkeys(_of_a_model(folder), "a checkpoint")}
+    for name, what in holds.items():
+        if (folder / name).is_file():
+            raise InputError(
+                f"{file} is not written: its folder holds {what} ({name}), which another tokenizer "
+                f"would spoil. Choose another --out."
+            )
     return file
 
 
-def _is_a_model(folder: Path) -> bool:
-    """Whether the folder, which has a config.json, is a checkpoint of any library."""
+def _of_a_model(folder: Path) -> list[str]:
+    """Files in the folder by which it is a checkpoint of any library; many programs have a config.json."""
     from starlm.model.folder import CONFIG, read_json
 
-    try:
-        config = read_json(folder / CONFIG)
-    except InputError:  # Somebody's notes in JSON, or a checkpoint that is damaged.
-        return any(folder.glob("*.safetensors"))
-    return not config.keys().isdisjoint({"model_type", "architectures"})
+    weights = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+    found = sorted(path.name for pattern in weights for path in folder.glob(pattern))
+    with suppress(InputError):  # Somebody's notes, or none.
+        if not read_json(folder / CONFIG).keys().isdisjoint({"model_type", "architectures"}):
+            found.insert(0, CONFIG)
+    return found
 
 
 def _show(options: ShowOptions, console: Console) -> dict[str, Any]:

@@ -42,11 +42,11 @@ HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
 def model_of_run(config: TrainConfig) -> dict[str, Any]:
     """The layer that makes the model the one that it begins from, or gives it its data's vocabulary."""
     from starlm.data.shards import META, TokenData
-    from starlm.model.folder import find_checkpoint, read_model_config, steps
+    from starlm.model.folder import find_checkpoint, read_model_config
 
     if config.init_from is not None:
         run = config.out / RUN
-        if run.is_file() and steps(config.out):
+        if run.is_file():
             # It is under way, whatever has become of the model that it began with.
             return {"model": to_dict(from_dict(TrainConfig, read_toml(run), where=str(run)).model)}
         return {"model": to_dict(read_model_config(find_checkpoint(config.init_from)))}

@@ -176,10 +176,11 @@ def _download(url: str, path: Path, report: Progress) -> None:
 
 def _unless(path: Path) -> dict[str, str]:
     """Headers that ask for a file unless it is the one at `path`; none if that is not as it came."""
-    if not (path.exists() and _tag(path).exists()):
-        return {}
-    validator, _, known = _tag(path).read_text().partition("\n")
-    if known != sha256(path):
+    try:
+        validator, _, known = _tag(path).read_text().partition("\n")
+        if known != sha256(path):
+            return {}
+    except (OSError, UnicodeDecodeError):
         return {}
     return {"If-None-Match" if validator.startswith('"') else "If-Modified-Since": validator}
 

@@ -89,7 +89,7 @@ class Tokenizer:
         }
         # Ours, and those that others add with a chat template of their own.
         self.special: dict[str, int] = {t.content: n for n, t in added.items() if n not in spelt}
-        self.ordinary: list[str] = [added[number].content for number in spelt]
+        self.ordinary: dict[str, int] = {t.content: n for n, t in added.items() if n in spelt}
         """What was added and is a word of the vocabulary: a text that spells one has it."""
         for name in SPECIAL:
             if name not in self.special:

@@ -6,19 +6,10 @@ one text.
 """
 
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, Literal
 
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
@@ -26,28 +17,17 @@ from starlm.files import write_whole
 from starlm.generate.engine import Engine
 from starlm.generate.request import Request, Stream
 from starlm.generate.sampling import Sampling
+from starlm.generate.template import ROLES, Message, by_template
 from starlm.generate.text import TextModel
 from starlm.model.folder import CONFIG, read_json
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
-ROLES = ("system", "user", "assistant")
 # Tokens that end an answer besides <|bos|>.
 ENDS = ("<|assistant_end|>", "<|user_start|>")
 
-# In place of what a message says.
-_LETTER, _VEIL = re.compile(r"\S"), "\uf8ff"
-
 Style = Literal["auto", "template", "plain"]
-Render = Callable[[Sequence["Message"]], list[int]]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+Render = Callable[[Sequence[Message]], list[int]]
 
 
 def speaker(model: TextModel) -> TextModel:
@@ -150,147 +130,6 @@ def _marks(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(name, str):
             found[key] = name
     return found
-
-
-def by_template(
-    source: str, tokenizer: Tokenizer, *, bos_token: str = "<|bos|>", eos_token: str = "<|bos|>"
-) -> Render:
-    """A function from messages to tokens, by a chat template as transformers has them.
-
-    The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
-    holds these characters, so nobody can speak in another's name. What others have added to a vocabulary as
-    ordinary tokens, and the template writes, only the assistant's messages may hold; nor may a message make a
-    token with what the template writes around it.
-
-    Args:
-        source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
-
-    Raises:
-        InputError: not Jinja; and from the function, messages that the template refuses or fails on, or
-            whose signs of which special tokens are made, bars for ours, it does more with than to write them,
-            or who would speak by a token of its own.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.filters["tojson"] = _to_json
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise InputError(
-            f"The chat template is not valid Jinja: {error}. Mend it, or take --conversation plain."
-        ) from None
-    own = "".join([source, bos_token, eos_token])
-    # What is a word like others no text can be kept from spelling.
-    special = {name: number for name, number in tokenizer.special.items() if _sign(name)}
-    for name in tokenizer.special.keys() - special.keys():
-        if name in own:
-            raise InputError(
-                f"The special token {name!r} is a word like others, so every text can spell it. Take "
-                f"--conversation plain."
-            )
-    names = _one_of(special)
-    signs = sorted({_sign(name) for name in special})
-
-    def write(messages: Sequence[Message]) -> str:
-        turns = [asdict(message) for message in messages]
-        try:
-            return template.render(
-                messages=turns, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True
-            )
-        except Exception as error:  # What a template does can fail in any way.
-            raise InputError(
-                f"The model's chat template does not take this conversation: {f'{error}'.rstrip('.')}. "
-                f"Change the messages; who runs the model may take --conversation plain."
-            ) from None
-
-    def veil(messages: Sequence[Message]) -> str:
-        """What the template writes where only the assistant has said anything that can be read."""
-        return write(
-            [m if m.role == "assistant" else Message(m.role, _LETTER.sub(_VEIL, m.content)) for m in messages]
-        )
-
-    # Ordinary tokens are words like others, but for those with which the template itself speaks.
-    signed = [name for name in tokenizer.ordinary if _sign(name)]
-    frames = [own]
-    for roles in (ROLES, ROLES[1:]) if signed else ():
-        with suppress(InputError):  # A template may know no system.
-            frames.append(write([Message(role, _VEIL) for role in (*roles, "user")]))
-    controls = {name for name in signed if any(name in frame for frame in frames)}
-
-    def render(messages: Sequence[Message]) -> list[int]:
-        # Every special token has a sign. Those of messages are other characters while the template runs, for
-        # private use, which it can trim, split or turn into capitals as it would a bar.
-        known = set(source).union(_VEIL, *(message.content for message in messages))
-        free = (char for char in map(chr, range(0xE000, 0xF900)) if char not in known)
-        hidden = {ord(sign): next(free, "\ue000") for sign in signs}
-        shown = {ord(char): chr(sign) for sign, char in hidden.items()}
-        unsigned = [Message(m.role, m.content.translate(hidden)) for m in messages]
-        written, plain = write(unsigned), write(messages)
-        if written.translate(shown) != plain:
-            told = " and ".join(signs)
-            raise InputError(
-                f"The model's chat template does not only write the {told} of a message, so it might be "
-                f"taken for part of a special token. Leave out {told}; who runs the model may take "
-                f"--conversation plain."
-            )
-        # A message may yet spell a token with what stands around it; and alone, one that is not special.
-        checks = [(names, written, veil(unsigned))]
-        if signed:
-            frame = veil(messages)
-            checks.append((_one_of([n for n in signed if n in controls or n in frame]), plain, frame))
-        for wanted, text, frame in checks:
-            found, meant = Counter(wanted.findall(text)), Counter(wanted.findall(frame))
-            for name in found - meant:
-                raise InputError(
-                    f"A message holds {name}, or makes it with what the model's chat template writes around "
-                    f"it, and would be taken for the template. Leave it out."
-                )
-        tokens: list[int] = []
-        # What stands between two special tokens is encoded in one go, as in training.
-        for piece in names.split(written):
-            if piece in special:
-                tokens.append(special[piece])
-            else:
-                tokens += tokenizer.encode(piece.translate(shown))
-        return tokens
-
-    return render
-
-
-def _one_of(names: Collection[str]) -> re.Pattern[str]:
-    """Any of these, the longest first; of none, nothing."""
-    return re.compile(
-        "(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else r"(?!)"
-    )
-
-
-def _sign(name: str) -> str:
-    """A character without which a text cannot name this special token; none if it is letters alone."""
-    signs = (char for char in name if not char.isalnum() and not char.isspace())
-    return "|" if "|" in name else next(signs, "")
-
-
-class _Generation(Extension):
-    """{% generation %}: what the assistant says, marked for training; here it means nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The statements within."""
-        next(parser.stream)
-        inner: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return inner
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """As transformers has it; Jinja's own is for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def read_conversation(path: Path) -> list[Message]:

@@ -48,9 +48,10 @@ class StarLMHFConfig(PreTrainedConfig):
             setattr(self, name, value)
         for name, value in beside.items():
             if value not in (None, getattr(self, name)):
+                means = f", which means {getattr(self, name)}" if name in _DERIVED else ""
                 raise InputError(
-                    f"The config says {name} {value}, but {own[name]} {given[own[name]]}, which means "
-                    f"{getattr(self, name)}. Give one of the two alone."
+                    f"The config says {name} {value}, but {own[name]} {given[own[name]]}{means}. Give one of "
+                    f"the two alone."
                 )
         self.bos_token_id = self.eos_token_id = self.pad_token_id = None
         self.auto_map = dict(AUTO_MAP)

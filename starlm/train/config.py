@@ -198,7 +198,8 @@ class TrainConfig:
 
 def findable(config: TrainConfig) -> TrainConfig:
     """As a run writes it: paths are absolute where `out` does not tell from where they were seen."""
-    if not config.out.is_absolute() and ".." not in config.out.parts:
+    parts = config.out.parts
+    if parts and not config.out.is_absolute() and ".." not in parts:
         return config
     began = None if config.init_from is None else config.init_from.absolute()
     return replace(config, data=config.data.absolute(), init_from=began)

@@ -290,7 +290,7 @@ def test_special_tokens_that_are_words_of_the_vocabulary():
     inner.add_special_tokens(["###", "<|im_start|>"])
     grown = Tokenizer(inner)
     assert "###" not in grown.special
-    assert grown.ordinary == ["###"]
+    assert grown.ordinary == {"###": number}
     assert "<|im_start|>" in grown.special
     assert number in grown.encode("### hi")
     assert grown.decode(grown.encode("### hi <|im_start|>")) == "### hi <|im_start|>"

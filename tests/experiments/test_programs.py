@@ -196,13 +196,15 @@ def test_table_of_language_models(run):
     results("lm", *({**base, **row} for row in rows))
     out, ended = run(tables, "lm", "--plot", "x.png")
     tops = [line for line in out.splitlines() if line.startswith("c, width")]
-    assert tops == [f"c, width 64, depth 2, T 64, 2 steps of {n} tokens, 2.0 M tokens" for n in (64, 128)]
+    assert tops == [
+        f"c, width 64, depth 2, T 64, 2 steps of {n} tokens, measured on 64, 2.0 M tokens" for n in (64, 128)
+    ]
     assert "| star | 3.050 (0.100) | 5.000 (0.000) | 2.000 (0.000) | 3.000 (0.000) | 0.01 of 1 | 2 |" in out
     assert "A chart is of one setting; these results have:\n  c, width 64" in ended
     assert not Path("x.png").exists()
-    (tables.RESULTS / "lm" / "2.json").unlink()
-    assert "x.svg is not a .png" in run(tables, "lm", "--plot", "x.svg")[1]
-    assert run(tables, "lm", "--plot", "x.png")[1] == ""
+    words = ("lm", "--batch-tokens", 64, "--plot")
+    assert "x.svg is not a .png" in run(tables, *words, "x.svg")[1]
+    assert run(tables, *words, "x.png")[1] == ""
     assert Path("x.png").stat().st_size > 5000
     assert "No results in" in run(tables, "lm", "--steps", "9")[1]
 

@@ -4,7 +4,7 @@ import pytest
 from models import make_model
 from servers import TOKENIZER
 
-from starlm.generate.chat import by_template
+from starlm.generate.template import by_template
 from starlm.generate.text import TextModel
 from starlm.serve.chat import Chat
 from starlm.serve.errors import APIError

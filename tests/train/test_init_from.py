@@ -117,16 +117,15 @@ def test_a_run_that_began_otherwise_does_not_begin_again(base, begun, config, tm
     assert train(begun(steps=3, out=Path("../runs/u"), init_from=Path("../base")))["step"] == 3
 
 
-@pytest.mark.parametrize("out", ["absolute", "up"])
+@pytest.mark.parametrize("out", ["RUN", "../run", "."])
 def test_a_run_finds_its_data_whatever_folder_it_is_in(base, begun, data, tmp_path, monkeypatch, out):
     """Where `out` does not tell from where its paths were seen."""
-    here = tmp_path / "here"
+    here = tmp_path / ("run" if out == "." else "here")
     here.mkdir()
     monkeypatch.chdir(here)
-    near = {
-        name: Path(os.path.relpath(path)) for name, path in (("data", data), ("init_from", tmp_path / "base"))
-    }
-    train(begun(steps=1, out=tmp_path / "run" if out == "absolute" else Path("../run"), **near))
+    paths = {"data": data, "init_from": tmp_path / "base"}
+    near = {name: Path(os.path.relpath(path)) for name, path in paths.items()}
+    train(begun(steps=1, out=tmp_path / "run" if out == "RUN" else Path(out), **near))
     monkeypatch.chdir(data)
     old = read_config(tmp_path / "run")
     assert (old.data.resolve(), old.init_from.resolve()) == (data.resolve(), tmp_path / "base")
