@@ -40,8 +40,8 @@ def by_template(
 
     The template runs in a sandbox. Special tokens come from it alone: a message in which one is spelt out
     holds these characters, so nobody can speak in another's name. What others have added to a vocabulary as
-    ordinary tokens, and the template writes, only the assistant's messages may hold; nor may a message make a
-    token with what the template writes around it.
+    ordinary tokens, and the template writes, a message may not hold; nor may it make a token with what the
+    template writes around it. The assistant's messages may.
 
     Args:
         source: Jinja; gets `messages`, `bos_token`, `eos_token`, `add_generation_prompt`.
@@ -66,7 +66,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            literals = {node.value for node in environment.parse(source).find_all(nodes.Const)}
+        except Exception as error:  # What Python says of a template that is too deep, too.
             raise InputError(
                 f"The chat template is not valid Jinja: {error}. Mend it, or take --conversation plain."
             ) from None
@@ -83,8 +84,13 @@ class ChatTemplate:
             "(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")"
         )
         self._signs = sorted({_sign(name) for name in self._special})
+        # What a template can ask for in a message, to be kept where the rest is veiled.
+        asked = sorted((re.escape(t) for t in literals if isinstance(t, str) and t.strip()), key=len)
+        self._unasked = re.compile("|".join([*(f"({text})" for text in reversed(asked)), r"\S"]))
         # Ordinary tokens are words like others, but for those with which the template itself speaks.
         self._ordinary = {n: name for name, n in tokenizer.ordinary.items() if not name.isspace()}
+        longest = sorted(self._ordinary.values(), key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, longest)) or "(?!)")
         self._speaks: set[int] = set()
         for roles in (ROLES, ROLES[1:]) if self._ordinary else ():
             with suppress(InputError):  # A template may know no system.
@@ -95,15 +101,18 @@ class ChatTemplate:
         """The tokens after which the assistant speaks."""
         # Every special token has a sign. Those of messages are other characters while the template runs, for
         # private use, which it can trim, split or turn into capitals as it would a bar.
-        known = set(self._source).union(_VEIL, *(message.content for message in messages))
+        known = set(self._source).union(_VEIL, *self._tokenizer.special, *self._marks.values())
+        known.update(*(message.content for message in messages))
         free = (char for char in map(chr, range(0xE000, 0xF900)) if char not in known)
         hidden = {ord(sign): next(free, "\ue000") for sign in self._signs}
         shown: Signs = {ord(char): chr(sign) for sign, char in hidden.items()}
         unsigned = [Message(m.role, m.content.translate(hidden)) for m in messages]
         written, plain = self._write(unsigned), self._write(messages)
         if written.translate(shown) != plain:
-            # It looks for a sign in what was said, such as </think>; which is safe where no name is spelt.
-            if any(self._names.search(message.content) for message in messages):
+            # It looks for a sign in what was said, such as </think>; which is safe where no name is spelt,
+            # and where those that the assistant spells are not written.
+            by = {message.role for message in messages if self._names.search(message.content)}
+            if by - {"assistant"} or (by and self._names.findall(plain) != self._names.findall(written)):
                 told = " and ".join(self._signs)
                 raise InputError(
                     f"The model's chat template does not only write the {told} of a message, so it might be "
@@ -144,10 +153,18 @@ class ChatTemplate:
         controls = set(self._speaks)
         if self._ordinary:
             controls |= self._ordinary.keys() & self._encode(veiled, shown)
-        for message in messages if controls else ():
-            spelt = controls.intersection(self._tokenizer.encode(message.content.translate(shown)))
-            if spelt and message.role != "assistant":
-                raise self._speaks_as_another(min(spelt))
+            signed = {ord(sign): chr(char) for char, sign in shown.items()}
+            others = (m.content.translate(shown) for m in messages if m.role != "assistant")
+            spelt = {n for content in others for n in self._tokenizer.encode(content)} & self._ordinary.keys()
+            if spelt:
+                # What the template writes because of other words that were said is its own, too.
+                rest = self._with_others(
+                    messages,
+                    lambda text: self._spelt.sub(_VEIL, text.translate(shown)).translate(signed),
+                )
+                controls |= self._ordinary.keys() & self._encode(rest, shown)
+            for number in sorted(spelt & controls):
+                raise self._speaks_as_another(number)
 
         def found_in(text: str) -> list[int]:
             if not self._ordinary:
@@ -155,13 +172,16 @@ class ChatTemplate:
             return [n for n in self._encode(text, shown) if n in controls or n in self._tokenizer.names]
 
         found, meant = found_in(written), found_in(veiled)
-        # Templates ask what messages hold. The second frame keeps it from what stands around it alone, which
-        # is enough where signs are hidden: then the template can make no name of what was said.
         if found != meant and shown:
-            meant = found_in(self._with_others(messages, lambda text: f"{_VEIL}{text}{_VEIL}"))
+            # Templates ask what messages hold: what this one can ask for is kept, apart from what it writes.
+            meant = found_in(self._with_others(messages, self._keep_what_is_asked))
         if found != meant:
             more, less = Counter(found) - Counter(meant), Counter(meant) - Counter(found)
             raise self._speaks_as_another([*more, *less, *found][0])
+
+    def _keep_what_is_asked(self, text: str) -> str:
+        kept = self._unasked.sub(lambda found: found[0] if found.lastindex else _VEIL, text)
+        return f"{_VEIL}{kept}{_VEIL}"
 
     def _with_others(self, messages: Sequence[Message], change: Callable[[str], str]) -> str:
         """What the template writes where all but the assistant say something else."""
