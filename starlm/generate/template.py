@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -149,10 +149,10 @@ class ChatTemplate:
 
         Tokens and not names are compared, since a tokenizer may take other characters for those of a name.
         """
-        veiled = self._with_others(messages, lambda text: _LETTER.sub(_VEIL, text))
-        controls = set(self._speaks)
+        frames = self._frames(messages, shown)
+        frame, controls = next(frames), set(self._speaks)
         if self._ordinary:
-            controls |= self._ordinary.keys() & self._encode(veiled, shown)
+            controls |= self._ordinary.keys() & self._encode(frame, shown)
             signed = {ord(sign): chr(char) for char, sign in shown.items()}
             others = (m.content.translate(shown) for m in messages if m.role != "assistant")
             spelt = {n for content in others for n in self._tokenizer.encode(content)} & self._ordinary.keys()
@@ -171,13 +171,31 @@ class ChatTemplate:
                 return [self._special[name] for name in self._names.findall(text)]
             return [n for n in self._encode(text, shown) if n in controls or n in self._tokenizer.names]
 
-        found, meant = found_in(written), found_in(veiled)
-        if found != meant and shown:
-            # Templates ask what messages hold: what this one can ask for is kept, apart from what it writes.
-            meant = found_in(self._with_others(messages, self._keep_what_is_asked))
+        found, meant = found_in(written), found_in(frame)
+        if found != meant:
+            meant = found_in(next(frames, frame))
         if found != meant:
             more, less = Counter(found) - Counter(meant), Counter(meant) - Counter(found)
             raise self._speaks_as_another([*more, *less, *found][0])
+
+    def _frames(self, messages: Sequence[Message], shown: Signs) -> Iterator[str]:
+        """What the template writes where others have said nothing, and where they have said what it asks for.
+
+        The latter stands apart from what the template writes, and only where signs are hidden.
+
+        Raises:
+            InputError: it can write neither.
+        """
+        changes = [lambda text: _LETTER.sub(_VEIL, text), *([self._keep_what_is_asked] if shown else [])]
+        for number, change in enumerate(changes, 1):
+            try:
+                frame = self._with_others(messages, change)
+            except InputError:
+                # It takes messages apart, perhaps, at what it asks for.
+                if number == len(changes):
+                    raise
+            else:
+                yield frame
 
     def _keep_what_is_asked(self, text: str) -> str:
         kept = self._unasked.sub(lambda found: found[0] if found.lastindex else _VEIL, text)

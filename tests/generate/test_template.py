@@ -245,6 +245,14 @@ def test_templates_that_ask_what_messages_hold(tokenizer):
     assert by_template(source, grown)([Message("user", "")]) == grown.encode(time.strftime("%Y"))
 
 
+def test_templates_that_take_messages_apart(tokenizer):
+    source = "{% for m in messages %}<|user_start|>{{ m.content.split(':')[1].strip() }}{% endfor %}"
+    expected = [tokenizer.special["<|user_start|>"], *tokenizer.encode("hi")]
+    assert by_template(source, tokenizer)([Message("user", "q: hi")]) == expected
+    with pytest.raises(InputError, match="does not take this conversation"):
+        by_template(source, tokenizer)([Message("user", "q hi")])
+
+
 @pytest.mark.parametrize("name", ["<s>", "<\uff5cend\uff5c>"])
 def test_thoughts_are_taken_out_of_earlier_answers(tokenizer, name):
     """Where a special token has the signs that the template looks for."""
