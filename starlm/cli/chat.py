@@ -18,9 +18,9 @@ from starlm.errors import InputError, StarLMError
 from starlm.text import printable
 
 if TYPE_CHECKING:
+    from starlm.data.conversations import Message
     from starlm.generate.chat import Render
     from starlm.generate.request import Piece, Stream
-    from starlm.generate.template import Message
     from starlm.generate.text import TextModel
 
 # Lines of at most 76 characters: a terminal of 80 breaks longer ones anywhere.
@@ -415,7 +415,7 @@ class Session:
 
 
 def _message(role: Any, content: str) -> "Message":
-    from starlm.generate.template import Message
+    from starlm.data.conversations import Message
 
     return Message(role, content)
 

@@ -37,7 +37,8 @@ class PrepareOptions:
     validation_fraction: float = 0.05
     """Share of the documents that is held out for validation."""
     text_field: str = "text"
-    """Key or column that holds the text in .jsonl and .parquet."""
+    """Key or column that holds the text in .jsonl and .parquet, or the messages of a conversation; `messages`
+    is found without."""
     skip_unreadable: bool = False
     """Pass over .txt, .md and .py files that cannot be read or are not UTF-8. Else the first is an error."""
     overwrite: bool = False
@@ -57,6 +58,7 @@ class StatsOptions:
 def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     from starlm.data.documents import left_out
     from starlm.data.prepare import VOCAB_SIZE, prepare
+    from starlm.data.shards import TokenData
     from starlm.model.folder import find_checkpoint
 
     sources = source_list(options.sources)
@@ -91,13 +93,21 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
         more = " ..." if len(passed_over) > 5 else ""
         console.say(f"Left out, for their names: {kinds}{more}. Plain text has to be called .txt to be read.")
-    model = "--preset demo"
+    talks = TokenData.open(options.out).splits["train"].conversations
+    begin = ""
     if options.tokenizer is not None:
         # Of a tokenizer alone there is no model to begin with.
         with suppress(InputError):
             find_checkpoint(options.tokenizer)
-            model = f"--init-from {shlex.quote(str(options.tokenizer))}"
-    console.say(f"Next: starlm train {model} --data {shlex.quote(str(options.out))} --out runs/mine")
+            begin = f"--init-from {shlex.quote(str(options.tokenizer))}"
+    verb = "sft" if talks and begin else "train"
+    if talks and not begin:
+        console.say(
+            "These are conversations, which a model is to learn that can write already: prepare them with "
+            "its tokenizer, --tokenizer RUN, and then starlm sft --init-from RUN."
+        )
+    place = f"--data {shlex.quote(str(options.out))} --out runs/{'chat' if verb == 'sft' else 'mine'}"
+    console.say(f"Next: starlm {verb} {begin or '--preset demo'} {place}")
     return asdict(report)
 
 
@@ -141,16 +151,20 @@ def _say_splits(folder: Path, console: Console) -> dict[str, Any]:
     """Print the table of splits; its numbers."""
     from starlm.data.shards import TokenData
 
-    rows: list[tuple[str, ...]] = [(str(folder), "documents", "tokens", "bytes", "bytes per token")]
     data, found = TokenData.open(folder), {}
+    # Of texts all tokens are learned.
+    talks = data.splits["train"].conversations
+    columns = ["documents", "tokens", *(["learned"] if talks else []), "bytes"]
+    rows: list[tuple[str, ...]] = [(str(folder), *columns, "bytes per token")]
     for name, split in data.splits.items():
         numbers = {
             "documents": split.num_documents,
             "tokens": split.num_tokens,
+            "learned": split.num_learned,
             "bytes": split.num_bytes,
         }
         ratio = split.num_bytes / max(split.num_tokens, 1)
-        rows.append((name, *(f"{n:,}" for n in numbers.values()), f"{ratio:.2f}"))
+        rows.append((name, *(f"{numbers[column]:,}" for column in columns), f"{ratio:.2f}"))
         found[name] = {**numbers, "bytes_per_token": ratio}
     console.table(rows)
     console.say(f"vocabulary: {data.vocab_size:,} tokens")

@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer train": ("starlm.cli.tokenizer", "make a tokenizer for your text"),
     "tokenizer show": ("starlm.cli.tokenizer", "how a text falls into tokens"),
     "train": ("starlm.cli.train", "pretrain a model; run again to go on where it was"),
+    "sft": ("starlm.cli.sft", "teach a trained model to hold conversations"),
     "eval": ("starlm.cli.eval", "measure a model: bits per byte on held-out text"),
     "generate": ("starlm.cli.generate", "continue a prompt"),
     "chat": ("starlm.cli.chat", "a conversation in the terminal"),

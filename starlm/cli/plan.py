@@ -16,8 +16,13 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
     from starlm.data.shards import META, TokenData
 
     tokens = config.num_steps * config.batch_tokens
-    there = (config.data / META).is_file()
-    epochs = {"epochs": tokens / TokenData.open(config.data).splits["train"].num_tokens} if there else {}
+    epochs = {}
+    if (config.data / META).is_file():
+        from starlm.data.loader import PackedLoader
+
+        split = TokenData.open(config.data).splits["train"]
+        loader = PackedLoader(split, rows=config.rows, length=config.model.context, seed=config.seed)
+        epochs = {"epochs": tokens / loader.epoch_tokens}
     flops = config.model.flops_per_token()
     return {
         "steps": config.num_steps,

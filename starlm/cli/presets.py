@@ -1,4 +1,4 @@
-"""Named settings of `starlm train` and `starlm demo`, in the form of a TOML file."""
+"""Named settings of `starlm train`, `demo` and `sft`, in the form of a TOML file."""
 
 from typing import Any
 
@@ -36,3 +36,14 @@ TRAIN: dict[str, dict[str, Any]] = {
 
 # The demo itself: the same, with folders of its own.
 DEMO_BASE: dict[str, Any] = {**DEMO, "data": "data/demo", "out": "runs/demo"}
+
+# Fine-tuning: 0.3 times the rates of short pretraining, falling from the first step on. Of three factors the
+# one that teaches most without making the model forget: docs/evidence.md.
+SFT_BASE: dict[str, Any] = {
+    "data": "data/chat",
+    "out": "runs/chat",
+    "batch_tokens": 4096,
+    "eval_every": 100,
+    "sample_prompts": [],
+    "optim": {"matrix_lr": 0.006, "embedding_lr": 0.06, "head_lr": 0.0012, "warmdown": 1.0},
+}

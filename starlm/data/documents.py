@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlm.data.conversations import Message, check_messages
 from starlm.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+# The key or column of conversations.
+MESSAGES = "messages"
+_NAME_IT = "Name the key or column that holds the text, or the messages, with text_field."
 
 # Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
 # model to recite code pages; lib2to3 comes and goes between Python versions.
@@ -29,11 +33,14 @@ _NOT_EMBEDDED = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text that a model reads as a whole."""
+    """One text, or one conversation, that a model reads as a whole."""
 
     text: str
+    """Of a conversation all that is said in it."""
     source: str
     """Where it came from: its file's name, and line or row (from 1) if the file holds several documents."""
+    messages: tuple[Message, ...] = ()
+    """Of a conversation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +183,12 @@ def iter_documents(
     """The documents of `files`, in order, one at a time.
 
     Text files (.txt .md .py) are one document each; .jsonl and .jsonl.gz have one per line; .parquet has
-    one per row. What holds no text (nothing, white space, or null) is passed over.
+    one per row. What holds no text (nothing, white space, or null) is passed over. Where a line or row holds
+    messages instead of a text, or a line is a list of them, it is a conversation.
 
     Args:
         files: what to read.
-        text_field: the key or column that holds the text in .jsonl and .parquet.
+        text_field: the key or column that holds the text in .jsonl and .parquet; MESSAGES is looked for, too.
         skipped: receives the sources that were passed over.
 
     Raises:
@@ -251,8 +259,9 @@ def _read_lines(file: SourceFile, text_field: str, lines: Iterable[bytes]) -> It
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                text = _text_of_line(line, text_field, f"{file.path}:{number}")
-                yield Document(text=text, source=f"{file.name}:{number}")
+                place = f"{file.path}:{number}"
+                value = _value_of_line(line, text_field, place)
+                yield _document(value, source=f"{file.name}:{number}", place=place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
             f"{file.path} is a damaged or truncated gzip file: after line {number}, {error}. Copy or "
@@ -260,7 +269,8 @@ def _read_lines(file: SourceFile, text_field: str, lines: Iterable[bytes]) -> It
         ) from None
 
 
-def _text_of_line(line: bytes, text_field: str, place: str) -> str:
+def _value_of_line(line: bytes, text_field: str, place: str) -> Any:
+    """What the line has of a text or of messages."""
     try:
         # The first line may begin with a byte order mark.
         record = json.loads(line.decode("utf-8-sig"))
@@ -276,38 +286,52 @@ def _text_of_line(line: bytes, text_field: str, place: str) -> str:
             f"{place} is not JSON: {error}. Each line of a .jsonl file must be one JSON object; mend the "
             f"line or take it out."
         ) from None
+    if isinstance(record, list):
+        return record
     if not isinstance(record, dict):
         raise InputError(
             f"{place} is not a JSON object: it begins with {line[:20].decode(errors='replace')!r}. Each line "
             f'of a .jsonl file must be one, such as {{"{text_field}": "..."}}.'
         )
-    if text_field not in record:
-        raise InputError(
-            f'{place} has no key "{text_field}"; it has the keys {", ".join(record)}. {_which_text(record)}'
-        )
-    text = record[text_field]
-    if not isinstance(text, str | None):
-        raise InputError(
-            f'{place}: the key "{text_field}" holds {type(text).__name__}, not text. {_which_text(record)}'
-        )
-    text = text or ""
+    for field in (text_field, MESSAGES):
+        if field in record:
+            return record[field]
+    raise InputError(
+        f'{place} has no key "{text_field}" and no "{MESSAGES}"; it has the keys {", ".join(record)}. '
+        f"{_NAME_IT}"
+    )
+
+
+def _document(value: Any, *, source: str, place: str) -> Document:
+    """The document that a line or a row holds.
+
+    Raises:
+        InputError: neither a text nor a conversation in which the assistant speaks.
+    """
+    if isinstance(value, list):
+        try:
+            messages = tuple(check_messages(value))
+        except InputError as error:
+            raise InputError(
+                f"{place} is not a conversation: {error} Mend it, or take the conversation out."
+            ) from None
+        if not any(message.role == "assistant" for message in messages):
+            raise InputError(
+                f"{place}: the assistant says nothing in this conversation, so there is nothing to learn. "
+                f"Take it out."
+            )
+        return Document(text="\n".join(m.content for m in messages), source=source, messages=messages)
+    if not isinstance(value, str | None):
+        raise InputError(f"{place} holds {type(value).__name__}, not text. {_NAME_IT}")
+    text = value or ""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f'{place}: the text of "{text_field}" has half of a surrogate pair at character {error.start}, '
-            f"which is no character. Mend the line or take it out."
+            f"{place}: the text has half of a surrogate pair at character {error.start}, which is no "
+            f"character. Mend the line or take it out."
         ) from None
-    return text
-
-
-def _which_text(record: dict[str, Any]) -> str:
-    if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in record.values()):
-        return (
-            "starlm train reads plain texts. For conversations, fine-tune a checkpoint with TRL (README, "
-            "Hugging Face), or write each as one text."
-        )
-    return "Name the key that holds the text with text_field."
+    return Document(text=text, source=source)
 
 
 def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
@@ -318,20 +342,18 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:
-            if text_field not in table.schema_arrow.names:
+            columns = table.schema_arrow.names
+            field = text_field if text_field in columns else MESSAGES
+            if field not in columns:
                 raise InputError(
-                    f'{file.path} has no column "{text_field}"; it has {", ".join(table.schema_arrow.names)}.'
-                    f" Name the column that holds the text with text_field."
+                    f'{file.path} has no column "{text_field}" and no "{MESSAGES}"; it has '
+                    f"{', '.join(columns)}. {_NAME_IT}"
                 )
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                for value in batch.column(0).to_pylist():
                     row += 1
-                    if not isinstance(text, str | None):
-                        raise InputError(
-                            f'{file.path}, row {row}: the column "{text_field}" holds {type(text).__name__}, '
-                            f"not text. Name the column that holds the text with text_field."
-                        )
-                    yield Document(text=text or "", source=f"{file.name}:{row}")
+                    place = f"{file.path}, row {row}"
+                    yield _document(value, source=f"{file.name}:{row}", place=place)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{file.path} is not a readable Parquet file: after row {row}, {error}. Copy or download the "

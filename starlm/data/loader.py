@@ -1,7 +1,8 @@
-"""Batches from documents: packed without a gap, and a function of (seed, step) alone."""
+"""Batches from documents: texts without a gap, conversations whole; a function of (seed, step) alone."""
 
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,18 +42,21 @@ def check_tokens(batch: Batch, split: Split, vocab_size: int) -> None:
 
 
 class _Stream:
-    """The documents of a split, one after the other in some order, as a ring of tokens."""
+    """Rows of texts: the documents of a split, one after the other in some order, as a ring of tokens."""
 
-    def __init__(self, split: Split, order: np.ndarray) -> None:
-        """Args: order: document numbers, int64 [documents]."""
-        self._split, self._order = split, order
+    def __init__(self, split: Split, order: np.ndarray, length: int) -> None:
+        """Args: order: document numbers, int64 [documents]. length: T, tokens of a row."""
+        self._split, self._order, self._length = split, order, length
         self._bounds = np.append(0, np.cumsum(split.document_lengths()[order]))
+        self.size, self.num_rows = split.num_tokens, -(-split.num_tokens // length)
 
-    def read(self, begin: int, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Fill `tokens` [n] from `begin` on, and set the `starts` [n] where a document begins.
+    def read(self, row: int, tokens: np.ndarray, starts: np.ndarray, learned: np.ndarray) -> None:
+        """Fill `tokens` [T + 1] with a row and what follows it, set the `starts` [T + 1] where a document
+        begins, and clear `learned` [T + 1] where a token is not.
 
         Behind the last document comes the first one again.
         """
+        begin = row * self._length
         number = int(np.searchsorted(self._bounds, begin, side="right")) - 1
         offset = begin - int(self._bounds[number])
         done = 0
@@ -64,6 +68,80 @@ class _Stream:
             done, number, offset = stop, (number + 1) % len(self._order), 0
 
 
+class _Whole:
+    """Rows of conversations, each of which begins in its row: an answer whose question lies in another row
+    would teach to make things up. Of one that is longer than a row the beginning is taken; one in which
+    nothing of that is learned is left out.
+
+    Each goes into the row that it fills best, the longest first; what stays empty is <|bos|>.
+    """
+
+    def __init__(self, split: Split, length: int) -> None:
+        """Args: length: T, tokens of a row.
+
+        Raises:
+            InputError: nothing is learned of any conversation.
+        """
+        self._split = split
+        self._lengths = np.minimum(split.document_lengths(), length)
+        learned = split.learned_within(length) > 0
+        self._rows: list[list[int]] = []
+        # Rows by what is free in them, and the numbers by which there are some.
+        free: dict[int, list[int]] = {}
+        sizes: list[int] = []
+        for number in np.argsort(-self._lengths, kind="stable").tolist():
+            if not learned[number]:
+                continue
+            needs = int(self._lengths[number])
+            if (place := bisect_left(sizes, needs)) < len(sizes):
+                space = sizes[place]
+                row = free[space].pop()
+                if not free[space]:
+                    del sizes[place]
+            else:
+                space, row = length, len(self._rows)
+                self._rows.append([])
+            self._rows[row].append(number)
+            left = free.setdefault(space - needs, [])
+            if not left:
+                insort(sizes, space - needs)
+            left.append(row)
+        if not self._rows:
+            raise InputError(
+                f"In none of the conversations of {split.folder} does the assistant say anything within the "
+                f"model's context of {length} tokens. Take a model with a longer one, or other conversations."
+            )
+        self.num_rows = len(self._rows)
+        self.size = self.num_rows * length
+
+    def read(self, row: int, tokens: np.ndarray, starts: np.ndarray, learned: np.ndarray) -> None:
+        """As of `_Stream`; of what is empty each token is a document of its own."""
+        tokens[:], learned[:] = self._split.bos, False
+        done = 0
+        for number in self._rows[row]:
+            stop = done + int(self._lengths[number])
+            self._split.read(number, 0, stop - done, tokens[done:stop])
+            self._split.read_learned(number, 0, stop - done, learned[done:stop])
+            starts[done], done = True, stop
+        starts[done:] = True
+
+
+_Layout = _Stream | _Whole
+
+
+def _batch(places: Sequence[tuple[_Layout, int]], length: int) -> Batch:
+    """A batch of rows, each named by its layout and its number there. Args: length: T."""
+    tokens = np.empty((len(places), length + 1), dtype=np.int64)
+    starts, learned = np.zeros(tokens.shape, dtype=bool), np.ones(tokens.shape, dtype=bool)
+    for row, (layout, number) in enumerate(places):
+        layout.read(number, tokens[row], starts[row], learned[row])
+    return Batch(
+        inputs=tokens[:, :-1].copy(),
+        targets=np.where(learned[:, 1:], tokens[:, 1:], -1),
+        first=_first(starts[:, :-1]),
+    )
+
+
 class PackedLoader:
     """Endless batches of a split, in an order that depends on the seed alone.
 
@@ -73,6 +151,10 @@ class PackedLoader:
     R = ceil(N / T) rows goes on at the beginning of the stream, so no token is left out. The second
     permutation is the order in which rows are visited: row n of the run is row permutation[n mod R] of
     epoch n div R. So the rows of a batch come from all over the corpus, not from one long document.
+
+    Of conversations, rows are the same in each epoch: whole ones, each in the row that it fills best, up to T
+    tokens of each. Targets are the tokens that are learned; where nothing is learned of a conversation, it is
+    left out, so each row has some.
 
     Step n has the rows from n * rows * world on, `rows` for each rank in turn, so the ranks together see
     what one process with rows * world would.
@@ -113,20 +195,22 @@ class PackedLoader:
             raise InputError(f"rank must be below world; got rank {rank} of {world}.")
         self._split, self._rows, self._length, self._seed = split, rows, length, seed
         self._rank, self._world, self._workers = rank, world, workers
-        self._epoch_rows = -(-split.num_tokens // length)
+        whole = _Whole(split, length) if split.conversations else None
+        self._whole = whole
+        self._epoch_rows = whole.num_rows if whole else -(-split.num_tokens // length)
+        self.epoch_tokens: int = whole.size if whole else split.num_tokens
+        """Tokens of an epoch; of conversations with what stays empty of their rows."""
         # The rows of a step may lie on both sides of the border of two epochs.
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
 
     def batch_at(self, step: int) -> Batch:
         """The batch of step 0, 1, ...; a pure function, from any thread."""
-        begin = (step * self._world + self._rank) * self._rows
-        tokens = np.empty((self._rows, self._length + 1), dtype=np.int64)
-        starts = np.zeros(tokens.shape, dtype=bool)
-        for row in range(self._rows):
-            epoch, number = divmod(begin + row, self._epoch_rows)
-            stream, order = self._epoch(epoch)
-            stream.read(int(order[number]) * self._length, tokens[row], starts[row])
-        return Batch(inputs=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), first=_first(starts[:, :-1]))
+        begin, places = (step * self._world + self._rank) * self._rows, []
+        for row in range(begin, begin + self._rows):
+            epoch, number = divmod(row, self._epoch_rows)
+            layout, order = self._epoch(epoch)
+            places.append((layout, int(order[number])))
+        return _batch(places, self._length)
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Batches from step `start` on, without end. Closing the generator ends its threads."""
@@ -143,10 +227,11 @@ class PackedLoader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _open_epoch(self, number: int) -> tuple[_Stream, np.ndarray]:
+    def _open_epoch(self, number: int) -> tuple[_Layout, np.ndarray]:
         generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, number], np.uint64)))
-        stream = _Stream(self._split, generator.permutation(self._split.num_documents))
-        return stream, generator.permutation(self._epoch_rows)
+        documents = generator.permutation(self._split.num_documents)
+        layout = self._whole or _Stream(self._split, documents, self._length)
+        return layout, generator.permutation(self._epoch_rows)
 
 
 def sequential_rows(
@@ -154,13 +239,14 @@ def sequential_rows(
 ) -> Iterator[Batch]:
     """Batches for evaluation: documents in stored order, each token of the split predicted once.
 
-    Packed as in training, and the <|bos|> that ends the last document stands for the one that begins the
+    Of conversations, each token that is learned (see PackedLoader), in rows as those of training. Texts are
+    packed as in training, too, and the <|bos|> that ends the last document stands for the one that begins the
     first, which nothing precedes. So there are min(num_tokens, max_tokens) targets. If that is not all, the
     rows are spread evenly over the split, so that each source has its share of them.
 
     Args:
         length: T, tokens of a row.
-        max_tokens: so many targets; None takes all.
+        max_tokens: so many targets (of conversations, places in rows); None takes all.
         rows: rows of a batch; the last batch may have fewer.
 
     Yields:
@@ -172,22 +258,22 @@ def sequential_rows(
     for name, value in (("length", length), ("rows", rows), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be 1 or more; got {value}.")
-    return _sequential(split, length, min(split.num_tokens, max_tokens or split.num_tokens), rows)
+    return _sequential(split, length, max_tokens, rows)
 
 
-def _sequential(split: Split, length: int, total: int, rows: int) -> Iterator[Batch]:
-    stream = _Stream(split, np.arange(split.num_documents))
-    num_rows, stored_rows = -(-total // length), -(-split.num_tokens // length)
+def _sequential(split: Split, length: int, max_tokens: int | None, rows: int) -> Iterator[Batch]:
+    whole = split.conversations
+    layout = _Whole(split, length) if whole else _Stream(split, np.arange(split.num_documents), length)
+    total = min(layout.size, max_tokens or layout.size)
+    num_rows = -(-total // length)
     for top in range(0, num_rows, rows):
-        tokens = np.empty((min(rows, num_rows - top), length + 1), dtype=np.int64)
-        starts = np.zeros(tokens.shape, dtype=bool)
-        for row in range(len(tokens)):
-            place = (top + row) * stored_rows // num_rows
-            stream.read(place * length, tokens[row], starts[row])
-        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        padding = (top * length + np.arange(inputs.size)).reshape(inputs.shape) >= total
-        inputs[padding], targets[padding] = split.bos, -1
-        yield Batch(inputs=inputs, targets=targets, first=_first(starts[:, :-1] | padding))
+        numbers = range(top, min(top + rows, num_rows))
+        batch = _batch([(layout, n * layout.num_rows // num_rows) for n in numbers], length)
+        places = top * length + np.arange(batch.inputs.size).reshape(batch.inputs.shape)
+        padding = places >= total
+        batch.inputs[padding], batch.targets[padding] = split.bos, -1
+        batch.first[padding] = (places % length)[padding]
+        yield batch
 
 
 def _first(starts: np.ndarray) -> np.ndarray:

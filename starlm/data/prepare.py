@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from starlm.data.conversations import encode
 from starlm.data.documents import (
     TEXT_SUFFIXES,
     Document,
@@ -52,7 +53,7 @@ _CHARACTER = 4
 _LINE = 1000
 # How many of the documents that were passed over are named.
 _NAMED = 10
-_OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents)\.npy")
+_OURS = re.compile(r"meta\.json|tokenizer\.json|(train|validation)-\d+\.(tokens|documents|learned)\.npy")
 # What file managers leave in any folder.
 _LITTER = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini")
 
@@ -99,6 +100,8 @@ def prepare(
     one document does, and at least one does not. If there is one document only, the end of it becomes
     validation: its last `validation_fraction`, begun at a line. So do the ends of the longest documents where
     few documents would make validation several times as large as `validation_fraction` of the text.
+    Conversations are never cut, and stand in no folder with texts, since training makes rows of them in
+    another way.
 
     Args:
         sources: files and folders (see `find_files`), addresses and datasets (see `download.local`);
@@ -109,7 +112,8 @@ def prepare(
             from all over them; without it, 4096. See `Tokenizer.train`.
         tokenizer: one to use instead of training one; also a tokenizer.json, or a folder with one.
         validation_fraction: expected share of documents in validation, between 0 and 1.
-        text_field: the key or column that holds the text in .jsonl and .parquet.
+        text_field: the key or column that holds the text in .jsonl and .parquet, or the messages of a
+            conversation.
         skip_unreadable: pass over files of plain text that cannot be read or are not UTF-8, as over empty
             ones. Otherwise the first is an error.
         shard_tokens: tokens of one file at most, unless a single document has more.
@@ -171,9 +175,8 @@ def prepare(
         }
         done = 0
         for batch in _batches(plan.documents()):
-            texts = [document.text for _, document in batch]
-            for (name, document), ids in zip(batch, tokens.encode_batch(texts), strict=True):
-                writers[name].add(ids, _bytes(document))
+            for (name, document), (ids, learned) in zip(batch, _encode(batch, tokens), strict=True):
+                writers[name].add(ids, _bytes(document), learned)
             done += len(batch)
             report("encode", done, plan.pieces)
         tokens.save(folder / FILE)
@@ -189,6 +192,7 @@ def prepare(
             },
             "dtype": token_dtype(tokens.vocab_size).name,
             "bos": tokens.bos,
+            "conversations": plan.conversations,
             "splits": {name: writer.finish() for name, writer in writers.items()},
             "sources": {
                 "preparation": identity,
@@ -213,6 +217,8 @@ class _Plan:
     files: list[SourceFile]
     text_field: str
     fraction: float
+    conversations: bool
+    """What all documents are, or none."""
     count: int
     total: int
     """Bytes of all documents."""
@@ -231,24 +237,38 @@ class _Plan:
         count = total = 0
         # Position and bytes of the first and the last document, and the bytes of those before `wanted`.
         lowest, highest, below = (1 << 64, 0), (-1, 0), []
+        # The first text and the first conversation.
+        first: dict[bool, str] = {}
         for done, file in enumerate(files, 1):
             for document in iter_documents([file], text_field, skipped=skipped):
                 place = position, size = position_of(document.source), _bytes(document)
                 count, total = count + 1, total + size
+                first.setdefault(bool(document.messages), document.source)
                 lowest, highest = min(lowest, place), max(highest, place)
                 if position < wanted:
                     below.append(size)
             report("read", done, len(files))
         if not count:
             raise no_text(files)
+        if len(first) > 1:
+            raise InputError(
+                f"{first[True]} is a conversation, {first[False]} a text. Prepare conversations in a folder "
+                f"of their own."
+            )
+        talks = True in first
+        if talks and count == 1:
+            raise InputError(
+                f"{first[True]} is the only conversation, so none is left for validation. Name more sources."
+            )
         held_out = below or [lowest[1]]
         if highest[0] < wanted:
             held_out.remove(highest[1])
-        most = _most(held_out, total, fraction)
+        most = math.inf if talks else _most(held_out, total, fraction)
         return cls(
             files=files,
             text_field=text_field,
             fraction=fraction,
+            conversations=talks,
             count=count,
             total=total,
             skipped=skipped,
@@ -268,6 +288,16 @@ class _Plan:
                 yield from _halves(document, self.most / size)
             else:
                 yield "validation", document
+
+
+def _encode(
+    batch: list[tuple[str, Document]], tokenizer: Tokenizer
+) -> list[tuple[list[int], list[bool] | None]]:
+    """Tokens of documents, all texts or all conversations, and of the latter which are learned."""
+    documents = [document for _, document in batch]
+    if documents[0].messages:
+        return [*encode([document.messages for document in documents], tokenizer)]
+    return [(ids, None) for ids in tokenizer.encode_batch([document.text for document in documents])]
 
 
 def _bytes(document: Document) -> int:

@@ -3,7 +3,8 @@
     meta.json  tokenizer.json  train-00000.tokens.npy  train-00000.documents.npy  validation-00000...
 
 `tokens` is 1-D (uint16, or uint32 for a vocabulary above 65536). `documents` is int64: where in this shard
-each document begins. Every document begins with <|bos|> and lies in one shard.
+each document begins. Every document begins with <|bos|> and lies in one shard. Of conversations there is
+`train-00000.learned.npy` besides, bool: the tokens that a model learns to predict.
 """
 
 import hashlib
@@ -25,6 +26,8 @@ VERSION = 1
 META = "meta.json"
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
+# The files of a shard; the last of conversations alone.
+_KINDS = ("tokens", "documents", "learned")
 
 # Tokens that `verify` looks at in one go.
 _CHUNK = 1 << 24
@@ -53,15 +56,17 @@ class ShardWriter:
         self._dtype, self._shard_tokens = token_dtype(vocab_size), shard_tokens
         self._tokens = array(self._dtype.char)
         self._starts = array("q")
+        self._learned = bytearray()
         self._shards: list[dict[str, Any]] = []
         self._bytes = 0
 
-    def add(self, ids: Sequence[int], num_bytes: int) -> None:
+    def add(self, ids: Sequence[int], num_bytes: int, learned: Sequence[bool] | None = None) -> None:
         """Add one document.
 
         Args:
             ids: its tokens, without <|bos|>.
             num_bytes: UTF-8 bytes of its text.
+            learned: of a conversation, which of these a model learns to predict.
 
         Raises:
             OSError: the disk is full.
@@ -71,6 +76,8 @@ class ShardWriter:
         self._starts.append(len(self._tokens))
         self._tokens.append(self._bos)
         self._tokens.extend(ids)
+        if learned is not None:
+            self._learned += bytes([False, *learned])
         self._bytes += num_bytes
 
     def finish(self) -> dict[str, Any]:
@@ -91,15 +98,15 @@ class ShardWriter:
     def _write(self) -> None:
         name = f"{self._split}-{len(self._shards):05d}"
         shard: dict[str, Any] = {"num_tokens": len(self._tokens), "num_documents": len(self._starts)}
-        for kind, values, dtype in (
-            ("tokens", self._tokens, self._dtype),
-            ("documents", self._starts, np.int64),
-        ):
+        parts = [("tokens", self._tokens, self._dtype), ("documents", self._starts, np.int64)]
+        if self._learned:
+            parts.append(("learned", self._learned, np.bool_))
+        for kind, values, dtype in parts:
             path = self._folder / f"{name}.{kind}.npy"
             _write_npy(path, np.frombuffer(values, dtype=dtype))
             shard[kind] = {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
         self._shards.append(shard)
-        self._tokens, self._starts = array(self._dtype.char), array("q")
+        self._tokens, self._starts, self._learned = array(self._dtype.char), array("q"), bytearray()
 
 
 def _write_npy(path: Path, values: np.ndarray) -> None:
@@ -126,26 +133,41 @@ class Split:
         bos: int,
         num_bytes: int,
         fingerprint: str,
+        learned: Sequence[np.ndarray] = (),
         folder: Path | str = "memory",
     ) -> None:
-        """Args, per shard: tokens: 1-D integer. starts: int64, beginning with 0, rising.
+        """Args, per shard: tokens: 1-D integer. starts: int64, beginning with 0, rising. learned: bool, for
+        each token; of texts none.
 
         bos: id of <|bos|>. num_bytes: UTF-8 bytes of the text. fingerprint: names this very content.
         folder: where it lies, for messages.
         """
         self.folder = folder
         self.name, self.bos, self.num_bytes, self.fingerprint = name, bos, num_bytes, fingerprint
-        self._tokens = list(tokens)
+        self._tokens, self._learned = list(tokens), list(learned)
         self._bounds = [np.append(start, len(shard)) for start, shard in zip(starts, tokens, strict=True)]
         self._base = [0]
         for start in starts:
             self._base.append(self._base[-1] + len(start))
         self.num_tokens: int = sum(len(shard) for shard in self._tokens)
         self.num_documents: int = self._base[-1]
+        self.conversations = bool(self._learned)
+        """Whether the documents are conversations, of which not all tokens are learned."""
+        self.num_learned: int = (
+            sum(int(shard.sum()) for shard in self._learned) if self._learned else self.num_tokens
+        )
 
     @classmethod
-    def from_documents(cls, documents: Sequence[Sequence[int]], *, name: str = "train") -> "Split":
-        """A split in memory. Args: documents: tokens of each, beginning with <|bos|>."""
+    def from_documents(
+        cls,
+        documents: Sequence[Sequence[int]],
+        *,
+        name: str = "train",
+        learned: Sequence[Sequence[bool]] = (),
+    ) -> "Split":
+        """A split in memory. Args: documents: tokens of each, beginning with <|bos|>. learned: of each, of
+        conversations: which of these are learned.
+        """
         arrays = [np.asarray(document, dtype=np.uint32) for document in documents]
         lengths = np.array([len(array) for array in arrays], dtype=np.int64)
         tokens = np.concatenate(arrays)
@@ -155,6 +177,7 @@ class Split:
             starts=[np.cumsum(lengths) - lengths],
             bos=int(tokens[0]),
             num_bytes=0,
+            learned=[np.concatenate([np.asarray(each, dtype=bool) for each in learned])] if learned else [],
             fingerprint=hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest(),
         )
 
@@ -164,9 +187,29 @@ class Split:
 
     def read(self, document: int, start: int, stop: int, out: np.ndarray) -> None:
         """Copy tokens [start, stop) of a document into `out`: any integer dtype, stop - start elements."""
-        shard = bisect_right(self._base, document) - 1
-        begin = int(self._bounds[shard][document - self._base[shard]])
+        shard, begin = self._place(document)
         out[:] = self._tokens[shard][begin + start : begin + stop]
+
+    def read_learned(self, document: int, start: int, stop: int, out: np.ndarray) -> None:
+        """Which of the tokens that `read` gives a model learns to predict: bool; of texts all."""
+        shard, begin = self._place(document)
+        out[:] = self._learned[shard][begin + start : begin + stop] if self._learned else True
+
+    def learned_within(self, length: int) -> np.ndarray:
+        """How many of the first `length` tokens of each document are learned: int64 [num_documents]."""
+        counts = []
+        for shard, bounds in enumerate(self._bounds):
+            stops = np.minimum(bounds[:-1] + length, bounds[1:])
+            if self._learned:
+                sums = np.append(0, np.cumsum(self._learned[shard], dtype=np.int64))
+                counts.append(sums[stops] - sums[bounds[:-1]])
+            else:
+                counts.append(stops - bounds[:-1])
+        return np.concatenate(counts)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        shard = bisect_right(self._base, document) - 1
+        return shard, int(self._bounds[shard][document - self._base[shard]])
 
 
 class TokenData:
@@ -214,7 +257,7 @@ class TokenData:
         from starlm.data.tokenizer import Tokenizer
 
         shards = [shard for name in SPLITS for shard in self.meta["splits"][name]["shards"]]
-        files = [shard[kind] for shard in shards for kind in ("tokens", "documents")]
+        files = [shard[kind] for shard in shards for kind in _KINDS if kind in shard]
         for entry in [self.meta["tokenizer_file"], *files]:
             path = self.folder / entry["file"]
             if sha256(path) != entry["sha256"]:
@@ -284,6 +327,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
     entry = meta["splits"][name]
     tokens: list[np.ndarray] = []
     starts: list[np.ndarray] = []
+    learned: list[np.ndarray] = []
     digest = hashlib.sha256()
     for shard in entry["shards"]:
         path = _check_file(folder, shard["tokens"])
@@ -293,7 +337,13 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
         if not len(start) or start[0] != 0 or start[-1] >= len(tokens[-1]) or (np.diff(start) <= 0).any():
             raise damaged(path, "its offsets are out of order")
         starts.append(start)
-        digest.update(f"{shard['tokens']['sha256']} {shard['documents']['sha256']}\n".encode())
+        if "learned" in shard:
+            learned.append(
+                _map(_check_file(folder, shard["learned"]), np.dtype(np.bool_), shard["num_tokens"])
+            )
+        digest.update((" ".join(shard[kind]["sha256"] for kind in _KINDS if kind in shard) + "\n").encode())
+    if learned and len(learned) < len(tokens):
+        raise damaged(folder / META, f"not all shards of the split {name} say what is learned of them")
     split = Split(
         name,
         tokens=tokens,
@@ -301,6 +351,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
         bos=meta["bos"],
         num_bytes=entry["bytes"],
         fingerprint=digest.hexdigest(),
+        learned=learned,
         folder=folder,
     )
     if not tokens or (split.num_tokens, split.num_documents) != (entry["tokens"], entry["documents"]):

@@ -33,7 +33,7 @@ FILE = "tokenizer.json"
 # model is to predict: the end of a tool's output, which the tool writes. With <|bos|> no model would learn to
 # end.
 PAD = "<|output_end|>"
-_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 # GPT-4's split, with at most two digits to a token: a small vocabulary has no room for 1000 numbers.
 # It never keeps "<|", a word and "|>" together, so no merge can spell a special token.
@@ -212,7 +212,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
         }
         write_whole(folder / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
-        write_whole(folder / _CHAT_TEMPLATE.name, _CHAT_TEMPLATE.read_bytes())
+        write_whole(folder / CHAT_TEMPLATE.name, CHAT_TEMPLATE.read_bytes())
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of `text`; names of special tokens in it are ordinary text.

@@ -23,7 +23,7 @@ def evaluate(
     precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Loss of a split's documents in their stored order, each token predicted once.
+    """Loss of a split's documents in their stored order, each token that is learned predicted once.
 
     Args:
         max_tokens: evaluate only this many tokens, spread over the split; None takes all.
@@ -36,14 +36,14 @@ def evaluate(
         bits_per_byte: of the tokens that stand for text: nats / (ln 2 * UTF-8 bytes); special tokens, which
             have no bytes, count neither here nor there.
         tokens, bytes: how many were predicted.
-        split_tokens: how many the split has.
+        split_tokens: how many of those that are learned the split has.
 
     Raises:
         InputError: another precision, or damaged data: tokens that the tokenizer does not have.
     """
     device = model.head.weight.device
     sizes = torch.from_numpy(tokenizer.byte_lengths()).to(device)
-    total = min(split.num_tokens, max_tokens or split.num_tokens)
+    total = min(split.num_learned, max_tokens or split.num_learned)
     nats = text_nats = 0.0
     tokens = size = 0
     bfloat16 = takes_bfloat16(precision, device)
@@ -72,5 +72,5 @@ def evaluate(
         "bits_per_byte": text_nats / (math.log(2) * max(size, 1)),
         "tokens": tokens,
         "bytes": size,
-        "split_tokens": split.num_tokens,
+        "split_tokens": split.num_learned,
     }

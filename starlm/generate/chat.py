@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from starlm.data.tokenizer import Tokenizer
+from starlm.data.conversations import Message, check_messages
+from starlm.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from starlm.errors import InputError
 from starlm.files import write_whole
 from starlm.generate.engine import Engine
 from starlm.generate.request import Request, Stream
 from starlm.generate.sampling import Sampling
-from starlm.generate.template import ROLES, Message, by_template
+from starlm.generate.template import by_template
 from starlm.generate.text import TextModel
 from starlm.model.folder import CONFIG, read_json
 
@@ -121,6 +122,11 @@ def renderer(folder: Path, tokenizer: Tokenizer, style: Style = "auto") -> Rende
         raise InputError(f"{file}: {error}") from None
 
 
+def own_template(tokenizer: Tokenizer) -> Render:
+    """How the chat template that our checkpoints are written with has conversations."""
+    return by_template(CHAT_TEMPLATE.read_text(encoding="utf-8"), tokenizer)
+
+
 def _marks(settings: Mapping[str, Any]) -> dict[str, str]:
     """Names of the first and the last token, as a tokenizer's settings say; a name may be in an object."""
     found = {}
@@ -161,34 +167,3 @@ def write_conversation(path: Path, messages: Sequence[Message]) -> None:
     """
     value = {"messages": [asdict(message) for message in messages]}
     write_whole(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def check_messages(values: Any) -> list[Message]:
-    """Messages from what JSON gave.
-
-    Raises:
-        InputError: anything but, perhaps, one of system, and then user and assistant in turn.
-    """
-    if not isinstance(values, list):
-        raise InputError('it needs "messages", a list of objects with "role" and "content".')
-    messages: list[Message] = []
-    for number, value in enumerate(values, 1):
-        role, content = (
-            (value.get(key) for key in ("role", "content")) if isinstance(value, dict) else (None,) * 2
-        )
-        if role not in ROLES or not isinstance(content, str):
-            raise InputError(
-                f'message {number} needs a "role" of {", ".join(ROLES)} and a text as "content"; got '
-                f"{str(value)[:80]!r}."
-            )
-        expected = "assistant" if messages and messages[-1].role == "user" else "user"
-        if role != expected and not (role == "system" and number == 1):
-            raise InputError(f"message {number} must be one of {expected}; got one of {role}.")
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"message {number} has half of a surrogate pair, which is no character."
-            ) from None
-        messages.append(Message(role, content))
-    return messages

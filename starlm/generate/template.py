@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -15,22 +15,14 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from starlm.data.conversations import ROLES, Message
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 
-ROLES = ("system", "user", "assistant")
 # In place of what a message says.
 _LETTER, _VEIL = re.compile(r"\S"), "\uf8ff"
 Signs = Mapping[int, str]
 """For characters that stand in place of others, by number, these others."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 def by_template(

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from starlm.data.conversations import Message as Turn
 from starlm.errors import InputError
 from starlm.generate.chat import Render, prompt
-from starlm.generate.template import Message as Turn
 from starlm.generate.text import TextModel
 from starlm.serve.errors import bad_request
 from starlm.serve.schemas import Message

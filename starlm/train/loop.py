@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from starlm.data.conversations import Message
 from starlm.data.loader import Batch, PackedLoader, check_tokens
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
@@ -23,10 +24,13 @@ from starlm.device import pick_device
 from starlm.errors import InputError, StarLMError
 from starlm.evaluate.bits_per_byte import evaluate
 from starlm.files import only_writer
+from starlm.generate.chat import answer, own_template, speaker
+from starlm.generate.engine import Engine
+from starlm.generate.sampling import Sampling
 from starlm.generate.text import TextModel
 from starlm.model.checkpoint import load_weights
 from starlm.model.config import StarLMConfig
-from starlm.model.folder import find_checkpoint, read_model_config, verify
+from starlm.model.folder import CONFIG, find_checkpoint, read_json, read_model_config, verify
 from starlm.model.model import StarLM
 from starlm.settings import to_dict
 from starlm.train.config import TrainConfig
@@ -117,6 +121,14 @@ class _Session:
             graph=config.cuda_graph,
         )
         self.fingerprint, self.seconds = self.data.splits["train"].fingerprint, 0.0
+        self.chat = self.data.splits["train"].conversations
+        self.loader = PackedLoader(
+            self.data.splits["train"],
+            rows=config.rows,
+            length=config.model.context,
+            seed=config.seed,
+            workers=config.workers,
+        )
         if self.start:
             self._go_on()
         elif config.init_from is not None:
@@ -140,6 +152,7 @@ class _Session:
                 f"other tokens. Prepare the data with its own: starlm data prepare ... --tokenizer {path}"
             )
         load_weights(self.model, folder)
+        self.chat |= read_json(folder / CONFIG).get("chat") is True
 
     def _go_on(self) -> None:
         """Take over what the last checkpoint holds."""
@@ -150,6 +163,7 @@ class _Session:
                 f"the data as it was, or choose another --out for a new run."
             )
         self.seconds = before["seconds"]
+        self.chat |= read_json(self.run.checkpoint(self.start) / CONFIG).get("chat") is True
 
     def train(self) -> Record:
         """All steps that are left; the last record."""
@@ -157,13 +171,6 @@ class _Session:
         before = next((r for r in reversed(self.run.records()) if r.get("kind") == "plan"), {})
         self.run.begin(self.tokenizer, self.start)
         self._tell_plan(before)
-        loader = PackedLoader(
-            self.data.splits["train"],
-            rows=config.rows,
-            length=config.model.context,
-            seed=config.seed,
-            workers=config.workers,
-        )
         self.model.train()
         if not self.start and config.init_from is not None:
             # What the weights know of this text before it is learned.
@@ -171,7 +178,7 @@ class _Session:
         if 0 < self.start < horizon:
             # Of a run that was killed behind its last checkpoint, and is longer now.
             self._look([record for record in self.run.records() if record.get("step") == self.start])
-        with closing(loader.batches(self.start)) as batches, _stop_signal() as stopped:
+        with closing(self.loader.batches(self.start)) as batches, _stop_signal() as stopped:
             while self.done < horizon:
                 self._step(next(batches))
                 # At the end, what only looks at the model comes behind the checkpoint: an interruption there
@@ -251,17 +258,25 @@ class _Session:
     def _sample(self, done: Sequence[Record] = ()) -> None:
         written = {record["prompt"] for record in done if record["kind"] == "sample"}
         self.model.eval()
-        text_model = TextModel(self.model, self.tokenizer)
+        text_model = speaker(TextModel(self.model, self.tokenizer))
+        render = own_template(self.tokenizer) if self.chat else None
         for prompt in self.config.sample_prompts:
             if prompt in written:
                 continue
-            text = text_model.generate(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=0)
-            self._emit("sample", prompt=prompt, text=text)
+            engine = Engine(text_model, slots=1, cache_bytes=0)
+            pieces = answer(
+                engine,
+                [Message("user", prompt)],
+                render=render,
+                max_tokens=SAMPLE_TOKENS,
+                sampling=Sampling(temperature=0.7, top_p=0.95, seed=0),
+            )
+            self._emit("sample", prompt=prompt, text="".join(piece.text for piece in pieces))
         self.model.train()
 
     def _save(self) -> Path:
         extra = {"seconds": self.seconds, "data": self.fingerprint}
-        path = self.run.save(self.done, self.model, self.optimizers, self.tokenizer, extra)
+        path = self.run.save(self.done, self.model, self.optimizers, self.tokenizer, extra, chat=self.chat)
         self._emit("checkpoint", path=str(path))
         return path
 
@@ -271,7 +286,7 @@ class _Session:
             "plan",
             steps=self.config.num_steps,
             start_step=self.start,
-            epochs=self.config.num_steps * self.config.batch_tokens / self.data.splits["train"].num_tokens,
+            epochs=self.config.num_steps * self.config.batch_tokens / self.loader.epoch_tokens,
             matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
             # Where the settings say 0, as follows from the depth.
             model={"dim": self.config.model.width, "heads": self.config.model.num_heads},

@@ -139,18 +139,31 @@ class Run:
         return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def save(
-        self, step: int, model: StarLM, optimizers: Optimizers, tokenizer: Tokenizer, extra: dict
+        self,
+        step: int,
+        model: StarLM,
+        optimizers: Optimizers,
+        tokenizer: Tokenizer,
+        extra: dict,
+        *,
+        chat: bool = False,
     ) -> Path:
         """Write the checkpoint of a step, and remove those older than the last `keep`.
 
         Args:
             extra: plain values that `load` gives back.
+            chat: whether the model was trained on conversations.
         """
         path = self.checkpoint(step)
         sync(self.folder / "metrics.jsonl")
         with whole_folder(path) as folder:
             write_model(
-                model, folder, bos=tokenizer.bos, end_of_turn=tokenizer.end_of_turn, pad=tokenizer.pad
+                model,
+                folder,
+                bos=tokenizer.bos,
+                end_of_turn=tokenizer.end_of_turn,
+                pad=tokenizer.pad,
+                chat=chat,
             )
             tokenizer.save_pretrained(folder)
             save_tensors(optimizers.tensors(), folder / "optimizer.safetensors")

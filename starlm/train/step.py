@@ -79,16 +79,18 @@ class TrainingStep:
 
     def _run(self, tensors: list[Tensor]) -> Tensor:
         """Loss and norm [2] of a step on inputs, targets and first rows, all [B, T]."""
-        losses = []
+        losses, total = [], (tensors[1] >= 0).sum()
         for part in zip(*(tensor.chunk(self.parts) for tensor in tensors), strict=True):
             inputs, targets, first = part
+            # Each target counts alike, of whichever part; there may be few in one.
+            share = (targets >= 0).sum() / total
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 loss = self._loss(inputs, targets, first=first)
-            (loss / self.parts).backward()
-            losses.append(loss.detach())
+            (loss * share).backward()
+            losses.append((loss * share).detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizers.update()
-        return torch.stack([torch.stack(losses).mean(), norm])
+        return torch.stack([torch.stack(losses).sum(), norm])
 
     def _replay(self, tensors: list[Tensor]) -> Tensor:
         if not self._inputs:

@@ -114,7 +114,10 @@ def fake_train(stand_in):
 def fake_data(stand_in):
     """Data that any folder holds once `prepare` has made it; calls of `prepare` are kept."""
     calls = []
-    split = SimpleNamespace(num_documents=3, num_tokens=100, num_bytes=250, fingerprint="theirs")
+    split = SimpleNamespace(
+        **{"num_documents": 3, "num_tokens": 100, "num_bytes": 250, "fingerprint": "theirs"},
+        **{"num_learned": 100, "conversations": False},
+    )
 
     @dataclass
     class PrepareReport:

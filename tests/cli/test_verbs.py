@@ -176,7 +176,7 @@ def test_data_prepare_of_the_embedded_corpus(command, fake_data):
 def test_data_stats(command, fake_data):
     done = command("data", "stats", "--verify", "--json")
     assert done.json["splits"]["train"] == {
-        **{"documents": 3, "tokens": 100, "bytes": 250, "bytes_per_token": 2.5}
+        **{"documents": 3, "tokens": 100, "learned": 100, "bytes": 250, "bytes_per_token": 2.5}
     }
     assert fake_data.kind.verified == 1
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from starlm.data.conversations import Message
 from starlm.data.documents import (
     Document,
     SourceFile,
@@ -79,6 +80,28 @@ def test_another_field_can_hold_the_text(tmp_path):
     assert read(tmp_path, text_field="body") == [("a.jsonl:1", "yes"), ("b.parquet:1", "row")]
 
 
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def test_conversations_are_read_from_lines_and_rows(tmp_path):
+    lines = [json.dumps({"messages": TALK}), json.dumps(TALK), json.dumps({"id": 3, "messages": TALK})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.table({"id": [1, 2], "messages": [TALK, None]}), tmp_path / "b.parquet")
+    skipped = []
+    found = list(iter_documents(find_files([tmp_path]), skipped=skipped))
+    assert [document.source for document in found] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.parquet:1"]
+    messages = (Message("user", "Hi"), Message("assistant", "Hello"))
+    assert {document.messages for document in found} == {messages}
+    assert {document.text for document in found} == {"Hi\nHello"}
+    assert skipped == ["b.parquet:2"]
+
+
+def test_the_field_that_is_asked_for_comes_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "messages": TALK, "chosen": TALK}))
+    assert read(tmp_path) == [("a.jsonl:1", "a")]
+    assert read(tmp_path, text_field="chosen") == [("a.jsonl:1", "Hi\nHello")]
+
+
 def test_empty_files_are_passed_over(tmp_path):
     for name, text in (("a.txt", ""), ("b.py", " \n\t"), ("c.md", "c"), ("d.jsonl", "")):
         (tmp_path / name).write_text(text)
@@ -102,12 +125,18 @@ def test_empty_files_are_passed_over(tmp_path):
             b'{"text": "a"}\n{"body": "b"}\n',
             ["a.jsonl:2", 'no key "text"', "keys body", "text_field"],
         ),
-        ("a.jsonl", b"[1]\n", ["a.jsonl:1", "not a JSON object", "'[1]"]),
+        ("a.jsonl", b"[1]\n", ["a.jsonl:1", "not a conversation", "message 1", "take the conversation out"]),
         (
             "a.jsonl",
             b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
-            ["a.jsonl:1", "keys messages", "For conversations, fine-tune a checkpoint with TRL"],
+            ["a.jsonl:1", "assistant says nothing"],
         ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "?"}]}\n',
+            ["a.jsonl:1", "not a conversation: message 2 must be one of assistant"],
+        ),
+        ("a.jsonl", b'"abc"\n', ["a.jsonl:1", "not a JSON object", '"abc"']),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "holds int, not text"]),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', ["a.jsonl:1", "surrogate", "character 1"]),
         ("a.jsonl", b"[" * 100_000, ["a.jsonl:1", "not JSON"]),
@@ -140,7 +169,10 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("table", "part"),
-    [({"body": ["x"]}, 'no column "text"; it has body'), ({"text": [1]}, "holds int, not text")],
+    [
+        ({"body": ["x"]}, 'no column "text" and no "messages"; it has body'),
+        ({"text": [1]}, "row 1 holds int, not text"),
+    ],
 )
 def test_a_parquet_file_without_text_is_refused(tmp_path, table, part):
     pq.write_table(pa.table(table), tmp_path / "a.parquet")

@@ -259,3 +259,84 @@ def test_impossible_values_for_evaluation_are_refused(name, values):
     options = {"rows": 0} if name == "rows" else {}
     with pytest.raises(InputError, match=f"{name} must be 1 or more; got 0"):
         list(islice(sequential_rows(MIXED, *values, **options), 1))
+
+
+def spoken(*turns):
+    """Conversations of so many tokens, <|bos|> included, with so many that are learned at their ends."""
+    documents, learned, number = [], [], 1
+    for length, answer in turns:
+        documents.append([BOS, *range(number, number + length - 1)])
+        learned.append([False] * (length - answer) + [True] * answer)
+        number += length - 1
+    return Split.from_documents(documents, learned=learned)
+
+
+def test_conversations_lie_whole_in_the_rows_that_they_fill_best():
+    split = spoken((5, 2), (3, 1), (4, 4 - 1), (9, 5), (9, 1))
+    (batch,) = sequential_rows(split, 8, rows=9)
+    # The longest first; the fourth has the beginning of its answer within 8 tokens, the fifth nothing.
+    np.testing.assert_array_equal(
+        batch.inputs, [[BOS, *range(10, 17)], [BOS, 1, 2, 3, 4, BOS, 5, 6], [BOS, 7, 8, 9, *[BOS] * 4]]
+    )
+    np.testing.assert_array_equal(
+        batch.targets,
+        [[-1, -1, -1, 13, 14, 15, 16, -1], [-1, -1, 3, 4, -1, -1, 6, -1], [7, 8, 9, *[-1] * 5]],
+    )
+    np.testing.assert_array_equal(batch.first, [[0] * 8, [*[0] * 5, *[5] * 3], [0, 0, 0, 0, 4, 5, 6, 7]])
+
+
+TURNS = st.tuples(st.integers(2, 20), st.integers(0, 19)).map(
+    lambda turn: (turn[0], min(turn[1], turn[0] - 1))
+)
+
+
+@given(st.lists(TURNS, min_size=1, max_size=30), st.integers(2, 16), st.integers(0, 9))
+def test_every_token_that_is_learned_is_a_target_once_per_epoch(turns, length, seed):
+    split = spoken(*turns)
+    expected, begin = [], 1
+    for size, answer in turns:
+        ids = [BOS, *range(begin, begin + size - 1)]
+        expected += [(ids[at], at) for at in range(size - answer, min(size, length))]
+        begin += size - 1
+    if not expected:
+        with pytest.raises(InputError, match="In none of the conversations"):
+            PackedLoader(split, rows=1, length=length, seed=seed)
+        return
+    loader = PackedLoader(split, rows=1, length=length, seed=seed, workers=0)
+    rows = loader.epoch_tokens // length
+    in_order = list(sequential_rows(split, length, rows=4))
+    for batches in (
+        [loader.batch_at(step) for step in range(rows)],
+        [loader.batch_at(step) for step in range(rows, 2 * rows)],
+        in_order,
+    ):
+        found = []
+        for batch in batches:
+            for row, (targets, first) in enumerate(zip(batch.targets, batch.first, strict=True)):
+                assert (targets >= 0).any()
+                for column in np.flatnonzero(targets >= 0):
+                    # It lies as far behind the beginning of its conversation, which is in the row, as there.
+                    place = int(column - first[column]) + 1
+                    assert batch.inputs[row, first[column]] == BOS
+                    found.append((int(targets[column]), place))
+        assert sorted(found) == sorted(expected)
+
+
+def test_conversations_have_an_order_for_each_epoch_and_the_same_after_a_restart():
+    split = spoken(*[(5, 2)] * 40)
+    loader = PackedLoader(split, rows=4, length=5, seed=0, workers=0)
+    orders = {
+        tuple(np.concatenate([loader.batch_at(e * 10 + s).inputs for s in range(10)])[:, 1]) for e in range(3)
+    }
+    assert len(orders) == 3
+    batches = PackedLoader(split, rows=4, length=5, seed=0, workers=2).batches(7)
+    np.testing.assert_array_equal(next(batches).inputs, loader.batch_at(7).inputs)
+    batches.close()
+
+
+def test_a_part_of_the_conversations_is_from_all_over():
+    split = spoken(*[(n, 1) for n in range(2, 42)])
+    batches = list(sequential_rows(split, 42, 5 * 42, rows=2))
+    lengths = [int((row != BOS).sum()) for batch in batches for row in batch.inputs]
+    assert len(lengths) == 5
+    assert sum((batch.targets >= 0).sum() for batch in batches) < 40

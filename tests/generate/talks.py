@@ -1,6 +1,6 @@
 """A conversation, and a template that writes it as ours does."""
 
-from starlm.generate.template import Message
+from starlm.data.conversations import Message
 
 SOURCE = """{{ bos_token }}
 {%- for message in messages -%}

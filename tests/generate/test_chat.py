@@ -8,6 +8,7 @@ from models import make_model
 from talks import SOURCE, TALK
 from tokenizers import Tokenizer as Library
 
+from starlm.data.conversations import Message
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
 from starlm.generate.chat import (
@@ -22,7 +23,7 @@ from starlm.generate.chat import (
 )
 from starlm.generate.engine import Engine
 from starlm.generate.sampling import Sampling
-from starlm.generate.template import Message, by_template
+from starlm.generate.template import by_template
 from starlm.generate.text import TextModel
 from starlm.train.config import OptimConfig, TrainConfig
 from starlm.train.optim import Optimizers

@@ -8,9 +8,10 @@ from talks import SOURCE, TALK
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Library
 
+from starlm.data.conversations import Message
 from starlm.data.tokenizer import Tokenizer
 from starlm.errors import InputError
-from starlm.generate.template import Message, by_template
+from starlm.generate.template import by_template
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,22 @@ def test_parts_add_up_to_the_batch(model, parts):
     assert len(set(whole[:, 0].tolist())) == STEPS
 
 
+def test_each_target_counts_alike_in_whichever_part_it_is(model):
+    """As of conversations, whose rows have many or few."""
+    batch = next(batches())
+    targets = batch.targets.copy()
+    targets[0, 3:], targets[1, 1:] = -1, -1
+    batch = Batch(inputs=batch.inputs, targets=targets, first=batch.first)
+    found = []
+    for parts in (1, 2, 4):
+        one = copy.deepcopy(model)
+        optimizers = Optimizers(one, OptimConfig())
+        optimizers.schedule(0, STEPS)
+        step = TrainingStep(one, optimizers, one.loss, precision="float32", parts=parts)
+        found.append(step(batch))
+    torch.testing.assert_close(torch.tensor(found[1:]), torch.tensor(found[:1] * 2), rtol=1e-5, atol=0)
+
+
 def test_without_a_limit_nothing_is_clipped(model):
     (free, _), (wide, _), (clipped, _) = (steps(model, clip=clip) for clip in (0.0, 1e9, 1e-3))
     assert torch.equal(free, wide)
