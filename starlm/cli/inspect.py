@@ -64,15 +64,15 @@ def run(options: InspectOptions, console: Console) -> dict[str, Any]:
     }
     data = {"title": str(options.model), "token": token, "texts": texts, **asdict(found)}
     files = [write_page(data, options.out, token=token)]
-    drawable = options.png is not None and bool(found.heads)
-    if options.png is not None and drawable:
-        files.append(write_picture(data, options.png, token=token))
+    png = options.png if found.heads else None
+    if png is not None:
+        files.append(write_picture(data, png, token=token))
     _say(data, console)
-    if options.png is not None and not drawable:
+    if png != options.png:
         console.say(f"{options.png} was not written: a picture is of Deformer layers, and there are none.")
     for file in files:
         console.say(str(file))
-    return {"html": str(options.out), "png": str(options.png) if drawable else None, **data}
+    return {"html": str(options.out), "png": str(png) if png else None, **data}
 
 
 def _token(token: int | None, length: int) -> int:

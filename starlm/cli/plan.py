@@ -12,27 +12,23 @@ CHUNK, CHUNK_ON_GPU, MIN_TOKENS = 1 << 20, 1 << 26, 256
 
 
 def training_plan(config: TrainConfig) -> dict[str, Any]:
-    """Steps, tokens, parameters, FLOPs, roughly the memory in MiB; epochs where the data are there."""
-    from starlm.data.shards import META, TokenData
+    """Parameters, FLOPs, roughly the memory in MiB; steps and tokens if known, epochs if there are data."""
+    from starlm.data.shards import META
 
+    flops, there = config.model.flops_per_token(), (config.data / META).is_file()
+    of_model = {"parameters": config.model.num_parameters, "flops_per_token": flops}
+    needs = {"memory_MiB_approximate": memory(config)}
+    if config.epochs is not None and not there:
+        return {**of_model, **needs}
     tokens = config.num_steps * config.batch_tokens
-    epochs = {}
-    if (config.data / META).is_file():
-        from starlm.data.loader import PackedLoader
-
-        split = TokenData.open(config.data).splits["train"]
-        loader = PackedLoader(split, rows=config.rows, length=config.model.context, seed=config.seed)
-        epochs = {"epochs": tokens / loader.epoch_tokens}
-    flops = config.model.flops_per_token()
     return {
         "steps": config.num_steps,
         "tokens": tokens,
-        **epochs,
+        **({"epochs": tokens / config.epoch_tokens()} if there else {}),
         "matrix_lr": config.optim.matrix_rate(config.num_steps),
-        "parameters": config.model.num_parameters,
-        "flops_per_token": flops,
+        **of_model,
         "flops_in_total": float(flops * tokens),
-        "memory_MiB_approximate": memory(config),
+        **needs,
     }
 
 

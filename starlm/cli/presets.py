@@ -42,6 +42,7 @@ DEMO_BASE: dict[str, Any] = {**DEMO, "data": "data/demo", "out": "runs/demo"}
 SFT_BASE: dict[str, Any] = {
     "data": "data/chat",
     "out": "runs/chat",
+    "epochs": 3.0,
     "batch_tokens": 4096,
     "eval_every": 100,
     "sample_prompts": [],

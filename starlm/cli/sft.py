@@ -11,8 +11,6 @@ from starlm.cli.train import model_of_run, say_result
 from starlm.errors import InputError
 from starlm.train.config import TrainConfig
 
-EPOCHS = 3
-
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Teach a trained model to hold conversations."""
@@ -50,15 +48,9 @@ def _check(config: TrainConfig) -> None:
 
 
 def _follow(config: TrainConfig) -> dict[str, Any]:
-    """The model is the one that it begins from, and the horizon so many epochs of the data."""
-    from starlm.data.loader import PackedLoader
-    from starlm.data.shards import META, TokenData
-
+    """The model is the one that it begins from; a batch has whole rows of it."""
     layer = model_of_run(config)
-    if (config.data / META).is_file() and (context := layer.get("model", {}).get("context")):
-        split = TokenData.open(config.data).splits["train"]
-        loader = PackedLoader(split, rows=1, length=context, seed=0)
-        layer["tokens"] = EPOCHS * loader.epoch_tokens
+    if context := layer.get("model", {}).get("context"):
         layer["batch_tokens"] = context * max(1, SFT_BASE["batch_tokens"] // context)
     return layer
 

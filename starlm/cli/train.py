@@ -9,7 +9,7 @@ from starlm.cli.options import Verb
 from starlm.cli.plan import training_plan
 from starlm.cli.presets import TRAIN
 from starlm.settings import from_dict, read_toml, to_dict
-from starlm.train.config import TrainConfig, seen_from_here
+from starlm.train.config import HORIZONS, TrainConfig, seen_from_here
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -36,7 +36,6 @@ def say_result(result: dict[str, Any], console: Console) -> None:
 
 RERUN = "The last checkpoint is kept. Run the same command again to go on from it."
 RUN, METRICS = "run.toml", "metrics.jsonl"
-HORIZON = frozenset({"steps", "tokens", "tokens_per_param"})
 
 
 def model_of_run(config: TrainConfig) -> dict[str, Any]:
@@ -72,7 +71,7 @@ VERBS = {
         options=TrainConfig,
         run=run,
         presets=TRAIN,
-        one_of=HORIZON,
+        one_of=frozenset(HORIZONS),
         follow=model_of_run,
         follows=("data", "out", "init_from"),
         resumes=("out", RUN),

@@ -10,6 +10,8 @@ from starlm.model.config import StarLMConfig
 from starlm.settings import settle_types
 
 Precision = Literal["float32", "bfloat16"]
+# The settings of which one is the horizon.
+HORIZONS = ("steps", "tokens", "epochs", "tokens_per_param")
 
 # The best rate of the matrices in runs of up to so many steps, and how it falls beyond: docs/evidence.md.
 _SHORT_LR, _SHORT_STEPS, _POWER = 0.02, 300, 0.32
@@ -94,7 +96,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Give the horizon as one of steps, tokens, tokens_per_param."""
+    """One training run. Give the horizon as one of steps, tokens, epochs, tokens_per_param."""
 
     data: Path = Path("data")
     """Folder that `starlm data prepare` wrote."""
@@ -116,6 +118,8 @@ class TrainConfig:
     """Horizon in optimizer steps."""
     tokens: int | None = None
     """Horizon in tokens."""
+    epochs: float | None = None
+    """Horizon in epochs of the data."""
     tokens_per_param: float | None = None
     """Horizon in tokens per parameter (embedding left out); the default horizon is 20."""
     eval_every: int = 250
@@ -153,14 +157,11 @@ class TrainConfig:
         for name in ("data", "out", "init_from"):
             ok = not any("\ud800" <= letter <= "\udfff" for letter in str(getattr(self, name)))
             require(ok, "a name in UTF-8, which run.toml can hold", name)
-        horizons = [self.steps, self.tokens, self.tokens_per_param]
-        if sum(h is not None for h in horizons) > 1:
-            raise InputError(
-                f"Give the horizon once: got steps={self.steps}, tokens={self.tokens}, "
-                f"tokens_per_param={self.tokens_per_param}. Keep one of them."
-            )
-        for name in ("steps", "tokens", "tokens_per_param"):
-            value = getattr(self, name)
+        horizons = {name: getattr(self, name) for name in HORIZONS}
+        if sum(value is not None for value in horizons.values()) > 1:
+            given = ", ".join(f"{name}={value}" for name, value in horizons.items())
+            raise InputError(f"Give the horizon once: got {given}. Keep one of them.")
+        for name, value in horizons.items():
             require(value is None or 0 < value < math.inf, "above 0 and finite, or left out", name)
         require(
             self.batch_tokens >= self.model.context and self.batch_tokens % self.model.context == 0,
@@ -183,12 +184,34 @@ class TrainConfig:
         """Rows of `context` tokens per optimizer step."""
         return self.batch_tokens // self.model.context
 
+    def in_tokens(self) -> "TrainConfig":
+        """With a horizon in epochs turned into one in tokens.
+
+        Raises:
+            InputError: there is one, and no usable data.
+        """
+        if self.epochs is None:
+            return self
+        return replace(self, epochs=None, tokens=max(1, round(self.epochs * self.epoch_tokens())))
+
+    def epoch_tokens(self) -> int:
+        """Tokens of an epoch of the data.
+
+        Raises:
+            InputError: there are no usable data.
+        """
+        from starlm.data.loader import PackedLoader
+        from starlm.data.shards import TokenData
+
+        split = TokenData.open(self.data).splits["train"]
+        return PackedLoader(split, rows=1, length=self.model.context, seed=0).epoch_tokens
+
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run; of a horizon in epochs the data are read."""
         if self.steps is not None:
             return self.steps
-        tokens = self.tokens
+        tokens = self.in_tokens().tokens
         if tokens is None:
             parts = self.model.num_parameters
             ratio = 20.0 if self.tokens_per_param is None else self.tokens_per_param

@@ -76,7 +76,7 @@ def train(
         StarLMError: the loss is no longer finite, or the disk is full; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; the state was saved first.
     """
-    run = Run(config)
+    run = Run(config.in_tokens())
     with only_writer(run.folder):
         return _Session(run, on_record, build).train()
 

@@ -18,13 +18,13 @@ from starlm.model.checkpoint import load_tensors, load_weights, save_tensors, wr
 from starlm.model.folder import TRAINING, read_json, step_of, steps, verify, write_json, write_manifest
 from starlm.model.model import StarLM
 from starlm.settings import from_dict, read_toml, to_dict, to_toml
-from starlm.train.config import Precision, TrainConfig, findable, seen_from_here
+from starlm.train.config import HORIZONS, Precision, TrainConfig, findable, seen_from_here
 from starlm.train.optim import Optimizers
 
 # What may change between two sessions of one run: it alters neither the weights nor the data so far.
 FREE = {
-    "out", "data", "device", "micro_rows", "steps", "tokens", "tokens_per_param", "eval_every",
-    "eval_tokens", "sample_every", "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
+    *HORIZONS, "out", "data", "device", "micro_rows", "eval_every", "eval_tokens", "sample_every",
+    "sample_prompts", "save_every", "keep", "workers", "cuda_graph",
 }  # fmt: skip
 
 

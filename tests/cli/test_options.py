@@ -50,10 +50,11 @@ def test_layers_may_make_sense_only_together(resolved):
 
 def test_a_horizon_replaces_the_one_below(resolved):
     Path("a.toml").write_text("tokens = 81920\n")
-    names = ("steps", "tokens", "tokens_per_param")
-    assert [resolved("--preset", "demo")[n] for n in names] == [DEMO["steps"], None, None]
-    assert [resolved("--preset", "demo", "--config", "a.toml")[n] for n in names] == [None, 81920, None]
-    assert [resolved("--config", "a.toml", "--tokens-per-param", "2")[n] for n in names] == [None, None, 2.0]
+    names = ("steps", "tokens", "epochs", "tokens_per_param")
+    assert [resolved("--preset", "demo")[n] for n in names] == [DEMO["steps"], *[None] * 3]
+    assert [resolved("--preset", "demo", "--config", "a.toml")[n] for n in names] == [None, 81920, None, None]
+    assert [resolved("--preset", "demo", "--epochs", "2")[n] for n in names] == [None, None, 2.0, None]
+    assert [resolved("--config", "a.toml", "--tokens-per-param", "2")[n] for n in names] == [*[None] * 3, 2.0]
 
 
 def test_what_may_be_given_again_replaces_the_file(command):

@@ -16,6 +16,7 @@ from starlm.generate.text import load
 from starlm.model.folder import find_checkpoint, read_json
 from starlm.train.config import OptimConfig
 from starlm.train.loop import train
+from starlm.train.run import read_config
 
 NAMES = ["alpha", "beta", "gamma", "delta"]
 
@@ -121,3 +122,21 @@ def test_parts_of_a_batch_make_no_difference(settings, tmp_path, micro_rows):
     whole = train(settings(steps=3, out=tmp_path / "whole"))
     parts = train(settings(steps=3, micro_rows=micro_rows))
     torch.testing.assert_close(parts["loss"], whole["loss"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("epochs", "of_talks"), [(2.0, True), (0.5, True), (1.0, False)])
+def test_a_horizon_in_epochs(settings, config, talks, data, epochs, of_talks):
+    one = (settings if of_talks else config)(steps=None, epochs=epochs, eval_tokens=64)
+    split = TokenData.open(one.data).splits["train"]
+    if of_talks:
+        # Rows of 64 tokens: what the conversations need at least, and little more.
+        assert split.num_tokens <= one.epoch_tokens() <= 1.1 * split.num_tokens + 64
+    else:
+        assert one.epoch_tokens() == split.num_tokens
+    end = train(one)
+    assert end["step"] == round(epochs * one.epoch_tokens() / one.batch_tokens) == one.num_steps
+    (plan,) = records_of(one.out, "plan")
+    assert plan["epochs"] == end["tokens"] / one.epoch_tokens()
+    # What a run is does not depend on data that may have moved.
+    assert read_config(one.out).epochs is None
+    assert read_config(one.out).num_steps == end["step"]
