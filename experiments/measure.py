@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from starlm.data.loader import sequential_rows
+from starlm.data.loader import SequentialLoader
 from starlm.data.shards import Split
 from starlm.model.model import StarLM
 from starlm.ops import anchors
@@ -26,7 +26,7 @@ def by_position_and_recall(model: StarLM, split: Split, max_tokens: int) -> dict
     device = model.head.weight.device
     sums = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64, device=device)
     kinds = torch.zeros(2, 2, dtype=torch.float64, device=device)
-    for batch in sequential_rows(split, length, max_tokens=max_tokens, rows=8):
+    for batch in SequentialLoader(split, length, max_tokens, rows=8):
         arrays = (batch.inputs, batch.targets, batch.first)
         inputs, targets, first = (torch.from_numpy(array).to(device) for array in arrays)
         loss = model.loss(inputs, targets, first=first, reduction="none").double()

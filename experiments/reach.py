@@ -13,7 +13,7 @@ import torch
 from experiments.program import parser, start, within
 from experiments.store import save
 from experiments.variants import NAMES, builder
-from starlm.data.loader import sequential_rows
+from starlm.data.loader import SequentialLoader
 from starlm.data.shards import Split, TokenData
 from starlm.evaluate.reads import BINS, LAYERS, GroupReads, Tally, watching
 from starlm.model.checkpoint import load_model, load_weights
@@ -33,7 +33,7 @@ def measure(model: StarLM, split: Split, max_tokens: int) -> tuple[int, list[Gro
     """
     tallies: dict[int, Tally] = {}
     tokens = 0
-    for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=8):
+    for batch in SequentialLoader(split, model.config.context, max_tokens, rows=8):
         inputs, targets, first = map(torch.from_numpy, (batch.inputs, batch.targets, batch.first))
         real = targets >= 0
         tokens += int(real.sum())

@@ -214,7 +214,8 @@ class _Training(ABC):
         )
 
     def on_sample(self, record: Record) -> None:
-        text = printable(record["prompt"] + record["text"]).rstrip()
+        between = "\n" if record.get("chat") else ""
+        text = printable(record["prompt"] + between + record["text"]).rstrip()
         self.line(f"step {record['step']:,}: sample")
         self.line("\n".join(f"    | {line}" for line in text.splitlines()))
 

@@ -37,8 +37,8 @@ class PrepareOptions:
     validation_fraction: float = 0.05
     """Share of the documents that is held out for validation."""
     text_field: str = "text"
-    """Key or column that holds the text in .jsonl and .parquet, or the messages of a conversation; `messages`
-    is found without."""
+    """Key or column that holds the text in .jsonl and .parquet, or the messages of a conversation; without it
+    `messages` and `conversations` are looked for, too."""
     skip_unreadable: bool = False
     """Pass over .txt, .md and .py files that cannot be read or are not UTF-8. Else the first is an error."""
     overwrite: bool = False
@@ -83,31 +83,33 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
         console.say(f"{options.out} holds this very preparation of unchanged sources, so nothing was done.")
     if options.tokenizer is None:
         say_if_fewer(report.vocab_size, options.vocab_size or VOCAB_SIZE, console)
-    held_out = _say_splits(options.out, console)["validation"]["tokens"]
+    talks = TokenData.open(options.out).splits["train"].conversations
+    held_out = _say_splits(options.out, console)["validation"]["learned"]
     if held_out < FEW:
         console.say(
-            f"Only {held_out:,} tokens are held out: losses on them will be noise. More text or a larger "
+            f"Only {held_out:,} tokens{' of answers' if talks else ''} are held out: losses on them will be noise. More text or a larger "
             f"--validation-fraction mends that."
         )
     if sources != "embedded" and (passed_over := left_out(sources)):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in list(passed_over.items())[:5])
         more = " ..." if len(passed_over) > 5 else ""
         console.say(f"Left out, for their names: {kinds}{more}. Plain text has to be called .txt to be read.")
-    talks = TokenData.open(options.out).splits["train"].conversations
-    begin = ""
+    begin = "--preset demo"
     if options.tokenizer is not None:
         # Of a tokenizer alone there is no model to begin with.
         with suppress(InputError):
             find_checkpoint(options.tokenizer)
             begin = f"--init-from {shlex.quote(str(options.tokenizer))}"
-    verb = "sft" if talks and begin else "train"
-    if talks and not begin:
+    place = f"--data {shlex.quote(str(options.out))}"
+    if not talks:
+        console.say(f"Next: starlm train {begin} {place} --out runs/mine")
+    elif begin.startswith("--init-from"):
+        console.say(f"Next: starlm sft {begin} {place} --out runs/chat")
+    else:
         console.say(
-            "These are conversations, which a model is to learn that can write already: prepare them with "
-            "its tokenizer, --tokenizer RUN, and then starlm sft --init-from RUN."
+            "These are conversations, which a model is to learn that can write already. Prepare them with "
+            "its tokenizer, --tokenizer RUN; then starlm sft --init-from RUN."
         )
-    place = f"--data {shlex.quote(str(options.out))} --out runs/{'chat' if verb == 'sft' else 'mine'}"
-    console.say(f"Next: starlm {verb} {begin or '--preset demo'} {place}")
     return asdict(report)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, emphasis
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -10,8 +11,27 @@ from rich.segment import Segment
 
 from starlm.text import printable
 
-# As rich has it, but for HTML, which rich leaves out: here List<String> is text.
+
+def _newline(state: StateInline, silent: bool) -> bool:
+    """A line of a paragraph stays a line, with its indentation: answers hold code without fences."""
+    if state.src[state.pos] != "\n":
+        return False
+    if not silent:
+        state.pending = state.pending.rstrip(" ")
+        state.push("hardbreak", "br", 0)
+    state.pos += 1
+    return True
+
+
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    """By asterisks alone: __init__ is a name."""
+    return state.src[state.pos] != "_" and emphasis.tokenize(state, silent)
+
+
+# As rich has it, but for HTML, which rich leaves out: here List<String> is text. And as the web chat has it.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_PARSER.inline.ruler.at("newline", _newline)
+_PARSER.inline.ruler.at("emphasis", _emphasis)
 
 
 class MarkdownStream:

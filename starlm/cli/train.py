@@ -20,7 +20,8 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         result = train(config, on_record=on_record)
     say_result(result, console)
     out = shlex.quote(str(config.out))
-    console.say(f'Next: starlm generate --model {out} --prompt "..."   or   starlm report {out}')
+    try_it = f"chat --model {out}" if result["chat"] else f'generate --model {out} --prompt "..."'
+    console.say(f"Next: starlm {try_it}   or   starlm report {out}")
     return {**result, "out": str(config.out)}
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from starlm.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+# As ShareGPT has them, under "from".
+_SENDERS = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Message:
 
 
 def check_messages(values: Any) -> list[Message]:
-    """Messages from what JSON gave.
+    """Messages from what JSON gave: objects with "role" and "content", or, as ShareGPT, with "from" and "value".
 
     Raises:
         InputError: anything but, perhaps, one of system, and then user and assistant in turn.
@@ -30,17 +32,24 @@ def check_messages(values: Any) -> list[Message]:
         raise InputError('it needs "messages", a list of objects with "role" and "content".')
     messages: list[Message] = []
     for number, value in enumerate(values, 1):
-        role, content = (
-            (value.get(key) for key in ("role", "content")) if isinstance(value, dict) else (None,) * 2
-        )
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(value, dict):
             raise InputError(
-                f'message {number} needs a "role" of {", ".join(ROLES)} and a text as "content"; got '
-                f"{str(value)[:80]!r}."
+                f'message {number} must be an object with "role" and "content"; got {value!r:.80}.'
+            )
+        role, content = value.get("role"), value.get("content")
+        if role is None and isinstance(value.get("from"), str):
+            role, content = _SENDERS.get(value["from"], value["from"]), value.get("value")
+        if role not in ROLES:
+            raise InputError(f"message {number} needs a role of {', '.join(ROLES)}; got {role!r:.80}.")
+        if not isinstance(content, str):
+            raise InputError(f"message {number} needs a text as content; got {content!r:.80}.")
+        if value.get("tool_calls") or value.get("function_call") or value.get("weight") == 0:
+            raise InputError(
+                f"message {number} calls a tool, or is not to be learned (weight 0), which is not supported."
             )
         expected = "assistant" if messages and messages[-1].role == "user" else "user"
         if role != expected and not (role == "system" and number == 1):
-            raise InputError(f"message {number} must be one of {expected}; got one of {role}.")
+            raise InputError(f"message {number} must be of the {expected}, and is of the {role}.")
         try:
             content.encode()
         except UnicodeEncodeError:

@@ -17,9 +17,12 @@ from starlm.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
-# The key or column of conversations.
-MESSAGES = "messages"
-_NAME_IT = "Name the key or column that holds the text, or the messages, with text_field."
+# The keys or columns that are looked for: of texts, and of conversations.
+TEXT, TALKS = "text", ("messages", "conversations")
+_NAME_IT = (
+    "Name the key or column that holds the text, or the messages, with text_field. Questions and answers in columns of "
+    'their own are to be written as {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}.'
+)
 
 # Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
 # model to recite code pages; lib2to3 comes and goes between Python versions.
@@ -178,17 +181,19 @@ def embedded_corpus() -> list[SourceFile]:
 
 
 def iter_documents(
-    files: Iterable[SourceFile], text_field: str = "text", *, skipped: list[str] | None = None
+    files: Iterable[SourceFile], text_field: str = TEXT, *, skipped: list[str] | None = None
 ) -> Iterator[Document]:
     """The documents of `files`, in order, one at a time.
 
     Text files (.txt .md .py) are one document each; .jsonl and .jsonl.gz have one per line; .parquet has
-    one per row. What holds no text (nothing, white space, or null) is passed over. Where a line or row holds
-    messages instead of a text, or a line is a list of them, it is a conversation.
+    one per row. Where a line or row holds messages instead of a text, or a line is a list of them, it is a
+    conversation. What holds no text (nothing, white space, or null), and a conversation in which nobody answers,
+    is passed over.
 
     Args:
         files: what to read.
-        text_field: the key or column that holds the text in .jsonl and .parquet; MESSAGES is looked for, too.
+        text_field: the key or column that holds the text, or the messages, in .jsonl and .parquet; if it is
+            TEXT, TALKS are looked for, too.
         skipped: receives the sources that were passed over.
 
     Raises:
@@ -293,20 +298,45 @@ def _value_of_line(line: bytes, text_field: str, place: str) -> Any:
             f"{place} is not a JSON object: it begins with {line[:20].decode(errors='replace')!r}. Each line "
             f'of a .jsonl file must be one, such as {{"{text_field}": "..."}}.'
         )
-    for field in (text_field, MESSAGES):
-        if field in record:
-            return record[field]
-    raise InputError(
-        f'{place} has no key "{text_field}" and no "{MESSAGES}"; it has the keys {", ".join(record)}. '
-        f"{_NAME_IT}"
-    )
+    return _value(record, _fields(text_field, record, f"{place} has no key"), place)
+
+
+def _fields(text_field: str, names: Iterable[str], missing: str) -> list[str]:
+    """Where a text or messages can stand: what is asked for, or, if that is the usual, messages too.
+
+    Args:
+        missing: begins the message of the error.
+
+    Raises:
+        InputError: none of it is there.
+    """
+    wanted = (TEXT, *TALKS) if text_field == TEXT else (text_field,)
+    if not (found := [field for field in wanted if field in names]):
+        sought = ", ".join(f'"{field}"' for field in wanted)
+        raise InputError(f"{missing} {sought}; it has {', '.join(names)}. {_NAME_IT}")
+    return found
+
+
+def _value(record: dict[str, Any], fields: Iterable[str], place: str) -> Any:
+    """The first of these that holds something, or None."""
+    for field in fields:
+        value = record[field]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        if field in TALKS and isinstance(value, str):
+            raise InputError(
+                f'{place}: "{field}" holds a text that begins with {value[:20]!r}, not a list of them. '
+                f"Write it as a list."
+            )
+        return value
+    return None
 
 
 def _document(value: Any, *, source: str, place: str) -> Document:
-    """The document that a line or a row holds.
+    """The document that a line or a row holds; of a conversation in which nobody answers an empty one.
 
     Raises:
-        InputError: neither a text nor a conversation in which the assistant speaks.
+        InputError: neither a text nor a conversation.
     """
     if isinstance(value, list):
         try:
@@ -316,10 +346,7 @@ def _document(value: Any, *, source: str, place: str) -> Document:
                 f"{place} is not a conversation: {error} Mend it, or take the conversation out."
             ) from None
         if not any(message.role == "assistant" for message in messages):
-            raise InputError(
-                f"{place}: the assistant says nothing in this conversation, so there is nothing to learn. "
-                f"Take it out."
-            )
+            return Document(text="", source=source)
         return Document(text="\n".join(m.content for m in messages), source=source, messages=messages)
     if not isinstance(value, str | None):
         raise InputError(f"{place} holds {type(value).__name__}, not text. {_NAME_IT}")
@@ -342,17 +369,12 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
     row = 0
     try:
         with pq.ParquetFile(file.path) as table:
-            columns = table.schema_arrow.names
-            field = text_field if text_field in columns else MESSAGES
-            if field not in columns:
-                raise InputError(
-                    f'{file.path} has no column "{text_field}" and no "{MESSAGES}"; it has '
-                    f"{', '.join(columns)}. {_NAME_IT}"
-                )
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            fields = _fields(text_field, table.schema_arrow.names, f"{file.path} has no column")
+            for batch in table.iter_batches(batch_size=1024, columns=fields):
+                for record in batch.to_pylist():
                     row += 1
                     place = f"{file.path}, row {row}"
+                    value = _value(record, fields, place)
                     yield _document(value, source=f"{file.name}:{row}", place=place)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(

@@ -48,7 +48,13 @@ class _Stream:
         """Args: order: document numbers, int64 [documents]. length: T, tokens of a row."""
         self._split, self._order, self._length = split, order, length
         self._bounds = np.append(0, np.cumsum(split.document_lengths()[order]))
-        self.size, self.num_rows = split.num_tokens, -(-split.num_tokens // length)
+        self.size = self.num_targets = split.num_tokens
+        self.num_rows = -(-self.size // length)
+
+    def part(self, max_tokens: int) -> tuple[list[int], int]:
+        """Rows from all over with `max_tokens` targets, or all; and how many targets."""
+        targets = min(self.size, max_tokens)
+        return _spread(-(-targets // self._length), self.num_rows), targets
 
     def read(self, row: int, tokens: np.ndarray, starts: np.ndarray, learned: np.ndarray) -> None:
         """Fill `tokens` [T + 1] with a row and what follows it, set the `starts` [T + 1] where a document
@@ -70,8 +76,8 @@ class _Stream:
 
 class _Whole:
     """Rows of conversations, each of which begins in its row: an answer whose question lies in another row
-    would teach to make things up. Of one that is longer than a row the beginning is taken; one in which
-    nothing of that is learned is left out.
+    would teach to make things up. Of a longer one than a row, with the token that follows, the beginning is
+    taken; one in which nothing of that is learned is left out.
 
     Each goes into the row that it fills best, the longest first; what stays empty is <|bos|>.
     """
@@ -83,16 +89,16 @@ class _Whole:
             InputError: nothing is learned of any conversation.
         """
         self._split = split
-        self._lengths = np.minimum(split.document_lengths(), length)
-        learned = split.learned_within(length) > 0
+        self._lengths = np.minimum(split.document_lengths(), length + 1)
+        learned = split.learned_within(length + 1)
         self._rows: list[list[int]] = []
         # Rows by what is free in them, and the numbers by which there are some.
-        free: dict[int, list[int]] = {}
+        free: list[list[int]] = [[] for _ in range(length + 1)]
         sizes: list[int] = []
         for number in np.argsort(-self._lengths, kind="stable").tolist():
             if not learned[number]:
                 continue
-            needs = int(self._lengths[number])
+            needs = min(int(self._lengths[number]), length)
             if (place := bisect_left(sizes, needs)) < len(sizes):
                 space = sizes[place]
                 row = free[space].pop()
@@ -102,17 +108,26 @@ class _Whole:
                 space, row = length, len(self._rows)
                 self._rows.append([])
             self._rows[row].append(number)
-            left = free.setdefault(space - needs, [])
-            if not left:
-                insort(sizes, space - needs)
-            left.append(row)
+            left = space - needs
+            if not free[left]:
+                insort(sizes, left)
+            free[left].append(row)
         if not self._rows:
             raise InputError(
-                f"In none of the conversations of {split.folder} does the assistant say anything within the "
-                f"model's context of {length} tokens. Take a model with a longer one, or other conversations."
+                f"In none of the {split.name} conversations of {split.folder} does the assistant say "
+                f"anything within the model's context of {length} tokens. Take a model with a longer one, or "
+                f"other conversations."
             )
         self.num_rows = len(self._rows)
         self.size = self.num_rows * length
+        self._targets = np.array([learned[row].sum() for row in self._rows])
+        self.num_targets = int(self._targets.sum())
+
+    def part(self, max_tokens: int) -> tuple[list[int], int]:
+        """As of `_Stream`, but with about so many targets: rows are taken whole."""
+        rows = round(min(1, max_tokens / self.num_targets) * self.num_rows)
+        numbers = _spread(max(rows, 1), self.num_rows)
+        return numbers, int(self._targets[numbers].sum())
 
     def read(self, row: int, tokens: np.ndarray, starts: np.ndarray, learned: np.ndarray) -> None:
         """As of `_Stream`; of what is empty each token is a document of its own."""
@@ -127,6 +142,17 @@ class _Whole:
 
 
 _Layout = _Stream | _Whole
+
+
+def _spread(count: int, total: int) -> list[int]:
+    return [number * total // count for number in range(count)]
+
+
+def _stored(split: Split, length: int) -> _Layout:
+    """The split's documents as they are stored."""
+    if split.conversations:
+        return _Whole(split, length)
+    return _Stream(split, np.arange(split.num_documents), length)
 
 
 def _batch(places: Sequence[tuple[_Layout, int]], length: int) -> Batch:
@@ -195,10 +221,10 @@ class PackedLoader:
             raise InputError(f"rank must be below world; got rank {rank} of {world}.")
         self._split, self._rows, self._length, self._seed = split, rows, length, seed
         self._rank, self._world, self._workers = rank, world, workers
-        whole = _Whole(split, length) if split.conversations else None
-        self._whole = whole
-        self._epoch_rows = whole.num_rows if whole else -(-split.num_tokens // length)
-        self.epoch_tokens: int = whole.size if whole else split.num_tokens
+        stored = _stored(split, length)
+        self._whole = stored if isinstance(stored, _Whole) else None
+        self._epoch_rows = stored.num_rows
+        self.epoch_tokens: int = stored.size
         """Tokens of an epoch; of conversations with what stays empty of their rows."""
         # The rows of a step may lie on both sides of the border of two epochs.
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
@@ -230,50 +256,54 @@ class PackedLoader:
     def _open_epoch(self, number: int) -> tuple[_Layout, np.ndarray]:
         generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, number], np.uint64)))
         documents = generator.permutation(self._split.num_documents)
+        # Conversations lie in the same rows in each epoch.
         layout = self._whole or _Stream(self._split, documents, self._length)
         return layout, generator.permutation(self._epoch_rows)
 
 
-def sequential_rows(
-    split: Split, length: int, max_tokens: int | None = None, *, rows: int = 1
-) -> Iterator[Batch]:
+class SequentialLoader:
     """Batches for evaluation: documents in stored order, each token of the split predicted once.
 
-    Of conversations, each token that is learned (see PackedLoader), in rows as those of training. Texts are
-    packed as in training, too, and the <|bos|> that ends the last document stands for the one that begins the
-    first, which nothing precedes. So there are min(num_tokens, max_tokens) targets. If that is not all, the
-    rows are spread evenly over the split, so that each source has its share of them.
+    Texts are packed as in training, and the <|bos|> that ends the last document stands for the one that
+    begins the first, which nothing precedes. So there are min(num_tokens, max_tokens) targets. In the last
+    row, padding has inputs <|bos|>, targets -1 and itself as `first`.
 
-    Args:
-        length: T, tokens of a row.
-        max_tokens: so many targets (of conversations, places in rows); None takes all.
-        rows: rows of a batch; the last batch may have fewer.
+    Of conversations, targets are the tokens that are learned, in rows as those of training; there are
+    about max_tokens, since rows are taken whole.
 
-    Yields:
-        Batches. In the last row, padding has inputs <|bos|>, targets -1 and itself as `first`.
-
-    Raises:
-        InputError: length, rows or max_tokens below 1.
+    If that is not all, the rows are spread evenly over the split, so that each source has its share of them.
     """
-    for name, value in (("length", length), ("rows", rows), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more; got {value}.")
-    return _sequential(split, length, max_tokens, rows)
 
+    def __init__(self, split: Split, length: int, max_tokens: int | None = None, *, rows: int = 1) -> None:
+        """Args:
+            length: T, tokens of a row.
+            max_tokens: so many targets; None takes all.
+            rows: rows of a batch; the last batch may have fewer.
 
-def _sequential(split: Split, length: int, max_tokens: int | None, rows: int) -> Iterator[Batch]:
-    whole = split.conversations
-    layout = _Whole(split, length) if whole else _Stream(split, np.arange(split.num_documents), length)
-    total = min(layout.size, max_tokens or layout.size)
-    num_rows = -(-total // length)
-    for top in range(0, num_rows, rows):
-        numbers = range(top, min(top + rows, num_rows))
-        batch = _batch([(layout, n * layout.num_rows // num_rows) for n in numbers], length)
-        places = top * length + np.arange(batch.inputs.size).reshape(batch.inputs.shape)
-        padding = places >= total
-        batch.inputs[padding], batch.targets[padding] = split.bos, -1
-        batch.first[padding] = (places % length)[padding]
-        yield batch
+        Raises:
+            InputError: length, rows or max_tokens below 1, or conversations of which nothing is learned.
+        """
+        for name, value in (("length", length), ("rows", rows), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be 1 or more; got {value}.")
+        self._split, self._length, self._batch_rows = split, length, rows
+        self._layout = _stored(split, length)
+        self.split_targets: int = self._layout.num_targets
+        """How many targets there would be of the whole split."""
+        self._numbers, self.num_targets = self._layout.part(max_tokens or self.split_targets)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches, from the first one on."""
+        whole = isinstance(self._layout, _Whole)
+        end = len(self._numbers) * self._length if whole else self.num_targets
+        for top in range(0, len(self._numbers), self._batch_rows):
+            numbers = self._numbers[top : top + self._batch_rows]
+            batch = _batch([(self._layout, number) for number in numbers], self._length)
+            places = top * self._length + np.arange(batch.inputs.size).reshape(batch.inputs.shape)
+            padding = places >= end
+            batch.inputs[padding], batch.targets[padding] = self._split.bos, -1
+            batch.first[padding] = (places % self._length)[padding]
+            yield batch
 
 
 def _first(starts: np.ndarray) -> np.ndarray:

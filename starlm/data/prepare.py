@@ -67,9 +67,11 @@ class PrepareReport:
     """Whether the folder was there already, from the same sources and options."""
     vocab_size: int
     documents: dict[str, int]
-    """Per split; so are tokens and bytes."""
+    """Per split; so are tokens, learned and bytes."""
     tokens: dict[str, int]
     """With a <|bos|> for each document."""
+    learned: dict[str, int]
+    """Of texts all tokens, of conversations those of the answers."""
     bytes: dict[str, int]
     """UTF-8 bytes of the text."""
     skipped: int
@@ -192,7 +194,6 @@ def prepare(
             },
             "dtype": token_dtype(tokens.vocab_size).name,
             "bos": tokens.bos,
-            "conversations": plan.conversations,
             "splits": {name: writer.finish() for name, writer in writers.items()},
             "sources": {
                 "preparation": identity,
@@ -217,8 +218,6 @@ class _Plan:
     files: list[SourceFile]
     text_field: str
     fraction: float
-    conversations: bool
-    """What all documents are, or none."""
     count: int
     total: int
     """Bytes of all documents."""
@@ -268,7 +267,6 @@ class _Plan:
             files=files,
             text_field=text_field,
             fraction=fraction,
-            conversations=talks,
             count=count,
             total=total,
             skipped=skipped,
@@ -449,6 +447,7 @@ def _report(
         vocab_size=meta["vocab_size"],
         documents={name: splits[name]["documents"] for name in SPLITS},
         tokens={name: splits[name]["tokens"] for name in SPLITS},
+        learned={name: splits[name].get("learned", splits[name]["tokens"]) for name in SPLITS},
         bytes={name: splits[name]["bytes"] for name in SPLITS},
         skipped=meta["sources"]["skipped"],
         skipped_first=tuple(meta["sources"]["skipped_first"]),

@@ -56,7 +56,7 @@ class ShardWriter:
         self._dtype, self._shard_tokens = token_dtype(vocab_size), shard_tokens
         self._tokens = array(self._dtype.char)
         self._starts = array("q")
-        self._learned = bytearray()
+        self._learned, self._num_learned = bytearray(), None
         self._shards: list[dict[str, Any]] = []
         self._bytes = 0
 
@@ -78,6 +78,7 @@ class ShardWriter:
         self._tokens.extend(ids)
         if learned is not None:
             self._learned += bytes([False, *learned])
+            self._num_learned = (self._num_learned or 0) + sum(learned)
         self._bytes += num_bytes
 
     def finish(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class ShardWriter:
             "tokens": sum(shard["num_tokens"] for shard in self._shards),
             "documents": sum(shard["num_documents"] for shard in self._shards),
             "bytes": self._bytes,
+            **({} if self._num_learned is None else {"learned": self._num_learned}),
             "shards": self._shards,
         }
 
@@ -134,13 +136,14 @@ class Split:
         num_bytes: int,
         fingerprint: str,
         learned: Sequence[np.ndarray] = (),
+        num_learned: int | None = None,
         folder: Path | str = "memory",
     ) -> None:
         """Args, per shard: tokens: 1-D integer. starts: int64, beginning with 0, rising. learned: bool, for
         each token; of texts none.
 
-        bos: id of <|bos|>. num_bytes: UTF-8 bytes of the text. fingerprint: names this very content.
-        folder: where it lies, for messages.
+        num_learned: how many tokens are. bos: id of <|bos|>. num_bytes: UTF-8 bytes of the text.
+        fingerprint: names this very content. folder: where it lies, for messages.
         """
         self.folder = folder
         self.name, self.bos, self.num_bytes, self.fingerprint = name, bos, num_bytes, fingerprint
@@ -153,9 +156,7 @@ class Split:
         self.num_documents: int = self._base[-1]
         self.conversations = bool(self._learned)
         """Whether the documents are conversations, of which not all tokens are learned."""
-        self.num_learned: int = (
-            sum(int(shard.sum()) for shard in self._learned) if self._learned else self.num_tokens
-        )
+        self.num_learned: int = self.num_tokens if num_learned is None else num_learned
 
     @classmethod
     def from_documents(
@@ -178,6 +179,7 @@ class Split:
             bos=int(tokens[0]),
             num_bytes=0,
             learned=[np.concatenate([np.asarray(each, dtype=bool) for each in learned])] if learned else [],
+            num_learned=sum(map(sum, learned)) if learned else None,
             fingerprint=hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest(),
         )
 
@@ -201,8 +203,11 @@ class Split:
         for shard, bounds in enumerate(self._bounds):
             stops = np.minimum(bounds[:-1] + length, bounds[1:])
             if self._learned:
-                sums = np.append(0, np.cumsum(self._learned[shard], dtype=np.int64))
-                counts.append(sums[stops] - sums[bounds[:-1]])
+                # Sums from each start to its stop, and from there to the next start, which are left out.
+                places = np.stack([bounds[:-1], stops], axis=1).ravel()
+                ends = len(places) - (places[-1] == bounds[-1])
+                learned = self._learned[shard].view(np.uint8)
+                counts.append(np.add.reduceat(learned, places[:ends], dtype=np.int64)[::2])
             else:
                 counts.append(stops - bounds[:-1])
         return np.concatenate(counts)
@@ -241,7 +246,8 @@ class TokenData:
                 )
             _check_number(folder, "bos", meta["bos"], meta["vocab_size"])
             for name in SPLITS:
-                _check_number(folder, f"bytes of {name}", meta["splits"][name]["bytes"])
+                for count in ("bytes", "learned"):
+                    _check_number(folder, f"{count} of {name}", meta["splits"][name].get(count, 0))
             _check_file(folder, meta["tokenizer_file"])
             splits = {name: _open_split(folder, name, meta, dtype) for name in SPLITS}
         except (KeyError, TypeError, AttributeError) as error:
@@ -342,7 +348,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
                 _map(_check_file(folder, shard["learned"]), np.dtype(np.bool_), shard["num_tokens"])
             )
         digest.update((" ".join(shard[kind]["sha256"] for kind in _KINDS if kind in shard) + "\n").encode())
-    if learned and len(learned) < len(tokens):
+    if len(learned) != (len(tokens) if "learned" in entry else 0):
         raise damaged(folder / META, f"not all shards of the split {name} say what is learned of them")
     split = Split(
         name,
@@ -352,6 +358,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any], dtype: np.dtype) 
         num_bytes=entry["bytes"],
         fingerprint=digest.hexdigest(),
         learned=learned,
+        num_learned=entry.get("learned"),
         folder=folder,
     )
     if not tokens or (split.num_tokens, split.num_documents) != (entry["tokens"], entry["documents"]):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from starlm.data.loader import check_tokens, sequential_rows
+from starlm.data.loader import SequentialLoader, check_tokens
 from starlm.data.shards import Split
 from starlm.data.tokenizer import Tokenizer
 from starlm.device import takes_bfloat16
@@ -26,7 +26,8 @@ def evaluate(
     """Loss of a split's documents in their stored order, each token that is learned predicted once.
 
     Args:
-        max_tokens: evaluate only this many tokens, spread over the split; None takes all.
+        max_tokens: evaluate only this many tokens (of conversations about so many), spread over the split;
+            None takes all.
         rows: rows of `context` tokens per forward pass.
         precision: auto, float32 or bfloat16.
         progress: called with tokens done and tokens in all.
@@ -36,21 +37,21 @@ def evaluate(
         bits_per_byte: of the tokens that stand for text: nats / (ln 2 * UTF-8 bytes); special tokens, which
             have no bytes, count neither here nor there.
         tokens, bytes: how many were predicted.
-        split_tokens: how many of those that are learned the split has.
+        split_tokens: how many there would be of the whole split.
 
     Raises:
         InputError: another precision, or damaged data: tokens that the tokenizer does not have.
     """
     device = model.head.weight.device
     sizes = torch.from_numpy(tokenizer.byte_lengths()).to(device)
-    total = min(split.num_learned, max_tokens or split.num_learned)
+    loader = SequentialLoader(split, model.config.context, max_tokens, rows=rows)
     nats = text_nats = 0.0
     tokens = size = 0
     bfloat16 = takes_bfloat16(precision, device)
     training = model.training
     model.eval()
     try:
-        for batch in sequential_rows(split, model.config.context, max_tokens=max_tokens, rows=rows):
+        for batch in loader:
             check_tokens(batch, split, len(sizes))
             inputs, targets, first = (
                 torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.first)
@@ -64,7 +65,7 @@ def evaluate(
             tokens += int(real.sum())
             size += int(lengths.sum())
             if progress:
-                progress(tokens, total)
+                progress(tokens, loader.num_targets)
     finally:
         model.train(training)
     return {
@@ -72,5 +73,5 @@ def evaluate(
         "bits_per_byte": text_nats / (math.log(2) * max(size, 1)),
         "tokens": tokens,
         "bytes": size,
-        "split_tokens": split.num_learned,
+        "split_tokens": loader.split_targets,
     }

@@ -72,6 +72,12 @@ def template(name: str, *, html: bool) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def _sample(record: dict[str, Any]) -> tuple[str, str]:
+    """Prompt, and what the model wrote behind it; an answer stands on its own line."""
+    between = "\n" if record.get("chat") else ""
+    return printable(record["prompt"] + between), printable(record["text"])
+
+
 def _values(runs: list[RunMetrics]) -> dict[str, Any]:
     """Everything that the templates show."""
     _tell_apart(runs)
@@ -82,7 +88,7 @@ def _values(runs: list[RunMetrics]) -> dict[str, Any]:
                 "name": run.name,
                 "state": _state(run),
                 "figures": figures(run),
-                "samples": [tuple(printable(s[part]) for part in ("prompt", "text")) for s in run.samples],
+                "samples": [_sample(record) for record in run.samples],
                 "samples_step": run.samples[-1]["step"] if run.samples else 0,
                 "config": settings(run.config),
                 "command": command(run),

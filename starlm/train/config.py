@@ -121,7 +121,7 @@ class TrainConfig:
     epochs: float | None = None
     """Horizon in epochs of the data."""
     tokens_per_param: float | None = None
-    """Horizon in tokens per parameter (embedding left out); the default horizon is 20."""
+    """Horizon in tokens per parameter (embedding left out); without any horizon 20."""
     eval_every: int = 250
     """Steps between validations; 0 only validates at the end."""
     eval_tokens: int = 65536

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from starlm.data.conversations import Message
-from starlm.data.loader import Batch, PackedLoader, check_tokens
+from starlm.data.loader import Batch, PackedLoader, SequentialLoader, check_tokens
 from starlm.data.shards import TokenData
 from starlm.data.tokenizer import Tokenizer
 from starlm.device import pick_device
@@ -69,7 +69,8 @@ def train(
 
     Returns:
         The last record, of kind "end": step, seconds, tokens (trained on), loss and bits_per_byte on
-        validation_tokens and validation_bytes of a split of validation_split_tokens, checkpoint.
+        validation_tokens and validation_bytes of a split of validation_split_tokens, checkpoint, chat (whether
+        the model has learned conversations).
 
     Raises:
         InputError: unusable data, settings or run folder, or another process that trains in it.
@@ -129,6 +130,8 @@ class _Session:
             seed=config.seed,
             workers=config.workers,
         )
+        # Conversations of which nothing can be measured are found out before hours of training.
+        SequentialLoader(self.data.splits["validation"], config.model.context)
         if self.start:
             self._go_on()
         elif config.init_from is not None:
@@ -203,6 +206,7 @@ class _Session:
             bits_per_byte=result["bits_per_byte"],
             **{f"validation_{name}": result[name] for name in ("tokens", "bytes", "split_tokens")},
             checkpoint=str(self.run.checkpoint(horizon)),
+            chat=self.chat,
         )
 
     def _look(self, done: Sequence[Record] = ()) -> None:
@@ -271,7 +275,8 @@ class _Session:
                 max_tokens=SAMPLE_TOKENS,
                 sampling=Sampling(temperature=0.7, top_p=0.95, seed=0),
             )
-            self._emit("sample", prompt=prompt, text="".join(piece.text for piece in pieces))
+            text = "".join(piece.text for piece in pieces)
+            self._emit("sample", prompt=prompt, text=text, chat=self.chat)
         self.model.train()
 
     def _save(self) -> Path:

@@ -81,7 +81,7 @@ def training_records(steps=20, start=0, every=10, before=None, held_out=9, epoch
     yield {
         **{"kind": "end", "step": steps, "seconds": 1.0, "tokens": steps * 4096, "checkpoint": "runs/x/c"},
         **{"loss": 6.5, "bits_per_byte": 2.5},
-        **{"validation_tokens": 9, "validation_bytes": 9, "validation_split_tokens": held_out},
+        **{"validation_tokens": 9, "validation_bytes": 9, "validation_split_tokens": held_out, "chat": False},
     }
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from starlm.cli.markdown import MarkdownStream, finished
+from starlm.cli.markdown import MarkdownStream, _Block, finished
 
 TEXT = """# Title
 
@@ -74,6 +74,21 @@ def test_blocks_are_printed_whole_and_once(size):
 )
 def test_finished(text, done):
     assert text[: finished(text)] == done
+
+
+CODE = """def __init__(self, *args, **kwargs):
+    self._name = args[0]
+    if self._name:
+        return _of(self)  # and __more__"""
+
+
+def test_code_without_fences_keeps_its_lines():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=False, width=60, color_system=None)
+    console.print(_Block(CODE + "\n\n    deeper = 1\n"), end="")
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    assert lines[:4] == CODE.splitlines()
+    assert any("    deeper = 1"[4:] in line for line in lines[4:])
 
 
 def test_what_came_stays_after_an_interruption():

@@ -41,7 +41,7 @@ def test_from_conversations_to_a_model_that_answers(command, prepared):
     assert done.code == 0, done.err
     assert "1 of 18 conversations are longer than the model's context of 64 tokens" in done.err
     assert "step 0: validation loss" in done.err
-    assert done.err.strip().endswith("Next: starlm chat --model runs/chat")
+    assert "Next: starlm chat --model runs/chat   or   starlm report runs/chat" in done.err
     assert done.json["step"] == 2
     assert config_of("runs/chat")["chat"] is True
     # On where it was, with nothing but its place.
@@ -54,11 +54,11 @@ def test_the_model_is_that_of_the_beginning_and_the_horizon_three_epochs(command
     done = command("sft", "--init-from", "base", "--dry-run", "--json")
     assert done.code == 0, done.err
     config, plan = done.json["config"], done.json["plan"]
-    assert (config["model"]["dim"], config["model"]["context"], config["batch_tokens"]) == (32, 64, 4096)
+    # Of so few, one row at a time.
+    assert (config["model"]["dim"], config["model"]["context"], config["batch_tokens"]) == (32, 64, 64)
     assert config["optim"]["matrix_lr"] < 0.02
-    assert plan["steps"] == 1
-    done = command("sft", "--init-from", "base", "--batch-tokens", "64", "--dry-run", "--json")
-    assert done.json["plan"]["epochs"] == 3
+    assert plan["epochs"] == 3
+    assert plan["steps"] > 10
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_model_is_that_of_the_beginning_and_the_horizon_three_epochs(command
         ([], "Name its run or checkpoint folder: --init-from RUN"),
         (["--init-from", "base", "--data", "texts"], "texts holds texts. Fine-tuning needs conversations"),
         (["--init-from", "base", "--data", "nothing"], "There is no prepared data in nothing"),
-        (["--init-from", "nothing"], "nothing"),
+        (["--init-from", "nothing"], "There is no model at nothing"),
     ],
 )
 def test_what_it_cannot_begin_with_is_named(command, prepared, folder, words, said):
@@ -87,4 +87,4 @@ def test_conversations_without_a_model_say_what_to_do(command, folder):
     done = command("data", "prepare", "talks.jsonl", "--out", "data/chat", "--vocab-size", "265")
     assert done.code == 0, done.err
     assert "--tokenizer RUN" in done.out
-    assert "Next: starlm train --preset demo --data data/chat --out runs/mine" in done.out
+    assert "Next" not in done.out

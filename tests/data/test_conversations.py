@@ -63,15 +63,24 @@ def test_a_model_is_asked_as_it_has_learned(found):
         assert begin == len(ids)
 
 
+def test_messages_as_sharegpt_has_them():
+    talk = [{"from": who, "value": who} for who in ("system", "human", "gpt", "human")]
+    assert [(message.role, message.content) for message in check_messages(talk)] == [
+        *(("system", "system"), ("user", "human"), ("assistant", "gpt"), ("user", "human"))
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({}, "a list of objects"),
-        (["Hi"], "message 1 needs"),
-        ([{"role": "tool", "content": ""}], "message 1 needs"),
-        ([{"role": "user", "content": None}], "message 1 needs"),
-        ([{"role": "assistant", "content": "Hi"}], "message 1 must be one of user"),
+        (["Hi"], "message 1 must be an object"),
+        ([{"role": "tool", "content": ""}], "message 1 needs a role of .* got 'tool'"),
+        ([{"role": "user", "content": None}], "message 1 needs a text as content; got None"),
+        ([{"role": "assistant", "content": "Hi"}], "message 1 must be of the user, and is of the assistant"),
         ([{"role": "user", "content": "\ud800"}], "message 1 has half of a surrogate pair"),
+        ([{"role": "user", "content": "", "tool_calls": [{}]}], "message 1 calls a tool"),
+        ([{"role": "user", "content": "", "weight": 0}], "message 1 .* not to be learned"),
     ],
 )
 def test_what_is_no_conversation_is_refused(values, said):

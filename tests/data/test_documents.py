@@ -96,10 +96,27 @@ def test_conversations_are_read_from_lines_and_rows(tmp_path):
     assert skipped == ["b.parquet:2"]
 
 
-def test_the_field_that_is_asked_for_comes_first(tmp_path):
+def test_the_field_that_is_asked_for_is_taken(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "messages": TALK, "chosen": TALK}))
     assert read(tmp_path) == [("a.jsonl:1", "a")]
     assert read(tmp_path, text_field="chosen") == [("a.jsonl:1", "Hi\nHello")]
+    # No other in its place.
+    with pytest.raises(InputError, match='no key "choosen"; it has text, messages, chosen'):
+        read(tmp_path, text_field="choosen")
+
+
+def test_where_there_is_no_text_the_messages_are_taken(tmp_path):
+    records = [{"text": text, "messages": TALK} for text in (None, "", " \n")]
+    (tmp_path / "a.jsonl").write_text(lines(*records))
+    pq.write_table(pa.table({"text": pa.nulls(2), "messages": [TALK, TALK]}), tmp_path / "b.parquet")
+    assert [text for _, text in read(tmp_path)] == ["Hi\nHello"] * 5
+
+
+def test_conversations_in_which_nobody_answers_are_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines([], TALK[:1], {"messages": TALK[:1]}, TALK))
+    skipped = []
+    assert read(tmp_path, skipped=skipped) == [("a.jsonl:4", "Hi\nHello")]
+    assert skipped == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
 
 
 def test_empty_files_are_passed_over(tmp_path):
@@ -123,18 +140,14 @@ def test_empty_files_are_passed_over(tmp_path):
         (
             "a.jsonl",
             b'{"text": "a"}\n{"body": "b"}\n',
-            ["a.jsonl:2", 'no key "text"', "keys body", "text_field"],
+            ["a.jsonl:2", 'no key "text"', "it has body", "text_field"],
         ),
         ("a.jsonl", b"[1]\n", ["a.jsonl:1", "not a conversation", "message 1", "take the conversation out"]),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
-            ["a.jsonl:1", "assistant says nothing"],
-        ),
+        ("a.jsonl", b'{"messages": "[]"}\n', ["a.jsonl:1", '"messages" holds a text', "as a list"]),
         (
             "a.jsonl",
             b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "?"}]}\n',
-            ["a.jsonl:1", "not a conversation: message 2 must be one of assistant"],
+            ["a.jsonl:1", "not a conversation: message 2 must be of the assistant"],
         ),
         ("a.jsonl", b'"abc"\n', ["a.jsonl:1", "not a JSON object", '"abc"']),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "holds int, not text"]),
@@ -170,7 +183,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("table", "part"),
     [
-        ({"body": ["x"]}, 'no column "text" and no "messages"; it has body'),
+        ({"body": ["x"]}, 'no column "text", "messages", "conversations"; it has body'),
         ({"text": [1]}, "row 1 holds int, not text"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starlm.data.loader import PackedLoader, sequential_rows
+from starlm.data.loader import PackedLoader, SequentialLoader
 from starlm.data.shards import Split
 from starlm.errors import InputError
 
@@ -228,7 +228,7 @@ def test_evaluation_predicts_each_token_once_in_stored_order(name, length, rows)
     stored_rows = ceil(split.num_tokens / length)
     for max_tokens in (None, 1, split.num_tokens // 2 or 1, split.num_tokens, 10**6):
         total = min(split.num_tokens, max_tokens or split.num_tokens)
-        batches = list(sequential_rows(split, length, max_tokens, rows=rows))
+        batches = list(SequentialLoader(split, length, max_tokens, rows=rows))
         assert [len(batch.inputs) for batch in batches[:-1]] == [rows] * (len(batches) - 1)
         inputs, targets, first = (
             np.concatenate([getattr(batch, name) for batch in batches])
@@ -247,7 +247,7 @@ def test_evaluation_predicts_each_token_once_in_stored_order(name, length, rows)
 
 def test_a_part_of_the_split_has_its_share_of_each_source():
     split = corpus(*[10] * 40)
-    batches = list(sequential_rows(split, 5, 100, rows=7))
+    batches = list(SequentialLoader(split, 5, 100, rows=7))
     seen = np.concatenate([batch.inputs for batch in batches])
     assert seen.shape == (20, 5)
     half = split.num_tokens // 2 * 9 // 10
@@ -258,7 +258,7 @@ def test_a_part_of_the_split_has_its_share_of_each_source():
 def test_impossible_values_for_evaluation_are_refused(name, values):
     options = {"rows": 0} if name == "rows" else {}
     with pytest.raises(InputError, match=f"{name} must be 1 or more; got 0"):
-        list(islice(sequential_rows(MIXED, *values, **options), 1))
+        list(islice(SequentialLoader(MIXED, *values, **options), 1))
 
 
 def spoken(*turns):
@@ -272,15 +272,15 @@ def spoken(*turns):
 
 
 def test_conversations_lie_whole_in_the_rows_that_they_fill_best():
-    split = spoken((5, 2), (3, 1), (4, 4 - 1), (9, 5), (9, 1))
-    (batch,) = sequential_rows(split, 8, rows=9)
-    # The longest first; the fourth has the beginning of its answer within 8 tokens, the fifth nothing.
+    split = spoken((5, 2), (3, 1), (4, 4 - 1), (9, 5), (10, 1))
+    (batch,) = SequentialLoader(split, 8, rows=9)
+    # The longest first, with a token that is no input. Of the fifth nothing is learned in 9 tokens.
     np.testing.assert_array_equal(
         batch.inputs, [[BOS, *range(10, 17)], [BOS, 1, 2, 3, 4, BOS, 5, 6], [BOS, 7, 8, 9, *[BOS] * 4]]
     )
     np.testing.assert_array_equal(
         batch.targets,
-        [[-1, -1, -1, 13, 14, 15, 16, -1], [-1, -1, 3, 4, -1, -1, 6, -1], [7, 8, 9, *[-1] * 5]],
+        [[-1, -1, -1, 13, 14, 15, 16, 17], [-1, -1, 3, 4, -1, -1, 6, -1], [7, 8, 9, *[-1] * 5]],
     )
     np.testing.assert_array_equal(batch.first, [[0] * 8, [*[0] * 5, *[5] * 3], [0, 0, 0, 0, 4, 5, 6, 7]])
 
@@ -296,15 +296,15 @@ def test_every_token_that_is_learned_is_a_target_once_per_epoch(turns, length, s
     expected, begin = [], 1
     for size, answer in turns:
         ids = [BOS, *range(begin, begin + size - 1)]
-        expected += [(ids[at], at) for at in range(size - answer, min(size, length))]
+        expected += [(ids[at], at) for at in range(size - answer, min(size, length + 1))]
         begin += size - 1
     if not expected:
-        with pytest.raises(InputError, match="In none of the conversations"):
+        with pytest.raises(InputError, match="In none of the train conversations"):
             PackedLoader(split, rows=1, length=length, seed=seed)
         return
     loader = PackedLoader(split, rows=1, length=length, seed=seed, workers=0)
     rows = loader.epoch_tokens // length
-    in_order = list(sequential_rows(split, length, rows=4))
+    in_order = list(SequentialLoader(split, length, rows=4))
     for batches in (
         [loader.batch_at(step) for step in range(rows)],
         [loader.batch_at(step) for step in range(rows, 2 * rows)],
@@ -335,8 +335,20 @@ def test_conversations_have_an_order_for_each_epoch_and_the_same_after_a_restart
 
 
 def test_a_part_of_the_conversations_is_from_all_over():
-    split = spoken(*[(n, 1) for n in range(2, 42)])
-    batches = list(sequential_rows(split, 42, 5 * 42, rows=2))
-    lengths = [int((row != BOS).sum()) for batch in batches for row in batch.inputs]
-    assert len(lengths) == 5
-    assert sum((batch.targets >= 0).sum() for batch in batches) < 40
+    split = spoken(*[(n, 2) for n in range(3, 43)])
+    whole, part = SequentialLoader(split, 42), SequentialLoader(split, 42, 20, rows=2)
+    assert (whole.num_targets, whole.split_targets, part.split_targets) == (80, 80, 80)
+    rows = [row for batch in part for row in batch.inputs]
+    assert 16 <= part.num_targets == sum((batch.targets >= 0).sum() for batch in part) <= 24
+    # Rows are filled the longest first; their longest conversations here are from both ends.
+    longest = [
+        max(len(run) for run in "".join(" " if n == BOS else "x" for n in row).split()) for row in rows
+    ]
+    assert max(longest) > 35
+    assert min(longest) < 30
+
+
+def test_however_little_is_asked_for_there_is_something():
+    split = spoken(*[(9, 2)] * 50)
+    part = SequentialLoader(split, 20, 1)
+    assert part.num_targets == sum((batch.targets >= 0).sum() for batch in part) == 4
