@@ -86,8 +86,9 @@ def _prepare(options: PrepareOptions, console: Console) -> dict[str, Any]:
     talks = TokenData.open(options.out).splits["train"].conversations
     held_out = _say_splits(options.out, console)["validation"]["learned"]
     if held_out < FEW:
+        what = "tokens of answers" if talks else "tokens"
         console.say(
-            f"Only {held_out:,} tokens{' of answers' if talks else ''} are held out: losses on them will be noise. More text or a larger "
+            f"Only {held_out:,} {what} are held out: losses on them will be noise. More text or a larger "
             f"--validation-fraction mends that."
         )
     if sources != "embedded" and (passed_over := left_out(sources)):

@@ -23,7 +23,7 @@ class Message:
 
 
 def check_messages(values: Any) -> list[Message]:
-    """Messages from what JSON gave: objects with "role" and "content", or, as ShareGPT, with "from" and "value".
+    """Messages from what JSON gave: objects with "role" and "content", or, as ShareGPT, "from" and "value".
 
     Raises:
         InputError: anything but, perhaps, one of system, and then user and assistant in turn.

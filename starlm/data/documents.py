@@ -20,8 +20,9 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
 # The keys or columns that are looked for: of texts, and of conversations.
 TEXT, TALKS = "text", ("messages", "conversations")
 _NAME_IT = (
-    "Name the key or column that holds the text, or the messages, with text_field. Questions and answers in columns of "
-    'their own are to be written as {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}.'
+    "Name the key or column that holds the text, or the messages, with text_field. Questions and answers in "
+    'columns of their own are to be written as {"messages": [{"role": "user", "content": ...}, {"role": '
+    '"assistant", "content": ...}]}.'
 )
 
 # Tests repeat themselves; encodings and pydoc_data are tables and prose, 2 of 12 MB, that would teach a code
@@ -187,8 +188,8 @@ def iter_documents(
 
     Text files (.txt .md .py) are one document each; .jsonl and .jsonl.gz have one per line; .parquet has
     one per row. Where a line or row holds messages instead of a text, or a line is a list of them, it is a
-    conversation. What holds no text (nothing, white space, or null), and a conversation in which nobody answers,
-    is passed over.
+    conversation. What holds no text (nothing, white space, or null), and a conversation in which nobody
+    answers, is passed over.
 
     Args:
         files: what to read.

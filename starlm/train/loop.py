@@ -69,8 +69,8 @@ def train(
 
     Returns:
         The last record, of kind "end": step, seconds, tokens (trained on), loss and bits_per_byte on
-        validation_tokens and validation_bytes of a split of validation_split_tokens, checkpoint, chat (whether
-        the model has learned conversations).
+        validation_tokens and validation_bytes of a split of validation_split_tokens, checkpoint, chat
+        (whether the model has learned conversations).
 
     Raises:
         InputError: unusable data, settings or run folder, or another process that trains in it.
