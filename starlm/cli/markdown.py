@@ -3,7 +3,7 @@
 from typing import Any
 
 from markdown_it import MarkdownIt
-from markdown_it.rules_inline import StateInline, emphasis
+from markdown_it.rules_inline import StateInline, emphasis, escape
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -28,10 +28,16 @@ def _emphasis(state: StateInline, silent: bool) -> bool:
     return state.src[state.pos] != "_" and emphasis.tokenize(state, silent)
 
 
+def _escape(state: StateInline, silent: bool) -> bool:
+    """Not of a line's end: there it is code that goes on."""
+    return not state.src.startswith("\\\n", state.pos) and escape(state, silent)
+
+
 # As rich has it, but for HTML, which rich leaves out: here List<String> is text. And as the web chat has it.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _PARSER.inline.ruler.at("newline", _newline)
 _PARSER.inline.ruler.at("emphasis", _emphasis)
+_PARSER.inline.ruler.at("escape", _escape)
 
 
 class MarkdownStream:

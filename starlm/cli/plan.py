@@ -20,6 +20,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
     needs = {"memory_MiB_approximate": memory(config)}
     if config.epochs is not None and not there:
         return {**of_model, **needs}
+    config = config.in_tokens()
     tokens = config.num_steps * config.batch_tokens
     return {
         "steps": config.num_steps,

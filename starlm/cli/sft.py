@@ -45,11 +45,12 @@ def _follow(config: TrainConfig) -> dict[str, Any]:
 
     layer = model_of_run(config)
     if context := layer.get("model", {}).get("context"):
-        rows = max(1, SFT_BASE["batch_tokens"] // context)
+        rows = SFT_BASE["batch_tokens"] // context
         if (config.data / META).is_file():
-            tokens = SFT_BASE["epochs"] * TokenData.open(config.data).splits["train"].num_tokens
-            rows = min(rows, max(1, int(tokens / context / FEW_STEPS)))
-        layer["batch_tokens"] = context * rows
+            lengths = TokenData.open(config.data).splits["train"].document_lengths()
+            tokens = SFT_BASE["epochs"] * lengths.clip(max=context).sum()
+            rows = min(rows, int(tokens / context / FEW_STEPS))
+        layer["batch_tokens"] = context * max(rows, 1)
     return layer
 
 

@@ -322,7 +322,7 @@ def _value(record: dict[str, Any], fields: Iterable[str], place: str) -> Any:
     """The first of these that holds something, or None."""
     for field in fields:
         value = record[field]
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if value in (None, []) or (isinstance(value, str) and not value.strip()):
             continue
         if field in TALKS and isinstance(value, str):
             raise InputError(

@@ -1,6 +1,5 @@
 """What one training run is, as numbers. No torch here, so that `--help` and `--dry-run` stay instant."""
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ HORIZONS = ("steps", "tokens", "epochs", "tokens_per_param")
 _SHORT_LR, _SHORT_STEPS, _POWER = 0.02, 300, 0.32
 # Far beyond any use, while products of two of them still fit into float32.
 _LARGEST = 1e9
+_LONGEST = 1e15
 
 
 def _is_size(x: float | None) -> bool:
@@ -162,7 +162,9 @@ class TrainConfig:
             given = ", ".join(f"{name}={value}" for name, value in horizons.items())
             raise InputError(f"Give the horizon once: got {given}. Keep one of them.")
         for name, value in horizons.items():
-            require(value is None or 0 < value < math.inf, "above 0 and finite, or left out", name)
+            require(
+                value is None or 0 < value < _LONGEST, f"above 0 and below {_LONGEST:g}, or left out", name
+            )
         require(
             self.batch_tokens >= self.model.context and self.batch_tokens % self.model.context == 0,
             f"a multiple of model.context ({self.model.context})",

@@ -77,7 +77,7 @@ def train(
         StarLMError: the loss is no longer finite, or the disk is full; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; the state was saved first.
     """
-    run = Run(config.in_tokens())
+    run = Run(config)
     with only_writer(run.folder):
         return _Session(run, on_record, build).train()
 
@@ -100,9 +100,11 @@ class _Session:
                 f"other data."
             )
         self.start = self.done = run.last_step()
-        if self.start > config.num_steps:
+        # Asked for once: of a horizon in epochs the data are read.
+        self.horizon = config.num_steps
+        if self.start > self.horizon:
             raise InputError(
-                f"{run.folder} is at step {self.start} already, beyond the horizon of {config.num_steps} "
+                f"{run.folder} is at step {self.start} already, beyond the horizon of {self.horizon} "
                 f"steps. Give a horizon of {self.start} steps or more, or another --out for a new run."
             )
         self.device = pick_device(config.device)
@@ -170,9 +172,9 @@ class _Session:
 
     def train(self) -> Record:
         """All steps that are left; the last record."""
-        config, horizon = self.config, self.config.num_steps
+        config, horizon = self.config, self.horizon
         before = next((r for r in reversed(self.run.records()) if r.get("kind") == "plan"), {})
-        self.run.begin(self.tokenizer, self.start)
+        self.run.begin(self.tokenizer, self.start, horizon)
         self._tell_plan(before)
         self.model.train()
         if not self.start and config.init_from is not None:
@@ -224,7 +226,7 @@ class _Session:
         with self._kept():
             check_tokens(batch, self.data.splits["train"], self.tokenizer.vocab_size)
         began, config = time.perf_counter(), self.config
-        share = self.optimizers.schedule(self.done, config.num_steps)
+        share = self.optimizers.schedule(self.done, self.horizon)
         loss, norm = self.step(batch)
         _require_finite(loss, norm, self.done + 1, self.run)
         elapsed = time.perf_counter() - began
@@ -289,10 +291,10 @@ class _Session:
         """Args: before: the plan of the session before, if there was one."""
         self._emit(
             "plan",
-            steps=self.config.num_steps,
+            steps=self.horizon,
             start_step=self.start,
-            epochs=self.config.num_steps * self.config.batch_tokens / self.loader.epoch_tokens,
-            matrix_lr=self.config.optim.matrix_rate(self.config.num_steps),
+            epochs=self.horizon * self.config.batch_tokens / self.loader.epoch_tokens,
+            matrix_lr=self.config.optim.matrix_rate(self.horizon),
             # Where the settings say 0, as follows from the depth.
             model={"dim": self.config.model.width, "heads": self.config.model.num_heads},
             layers=self.config.model.layer_kinds,
@@ -303,7 +305,7 @@ class _Session:
             threads=torch.get_num_threads(),
             resumed=self.start > 0,
             # Another horizon bends the schedule where it stands.
-            horizon_before=(before if self.start else {}).get("steps", self.config.num_steps),
+            horizon_before=(before if self.start else {}).get("steps", self.horizon),
             time=time.time(),
         )
 

@@ -93,14 +93,14 @@ class Run:
             f"out --init-from to go on with it, or choose another --out for a new run."
         )
 
-    def begin(self, tokenizer: Tokenizer, step: int) -> None:
+    def begin(self, tokenizer: Tokenizer, step: int, horizon: int) -> None:
         """Write settings and tokenizer; drop the records of what is done again, or was after `step`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         # The settings first: a folder without them is not taken for a run.
         write_whole(self.folder / "run.toml", to_toml(findable(self.config)).encode())
         tokenizer.save(self.folder / "tokenizer.json")
-        again = {"plan", "end"} | ({"validation", "sample"} if step in (0, self.config.num_steps) else set())
+        again = {"plan", "end"} | ({"validation", "sample"} if step in (0, horizon) else set())
         records = ((record, record.get("step", 0)) for record in self.records())
         kept = [r for r, at in records if at < step or (at == step and r["kind"] not in again)]
         lines = "".join(json.dumps(record) + "\n" for record in kept)

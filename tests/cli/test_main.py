@@ -55,7 +55,7 @@ def test_without_a_verb(command):
         (["train", "--steps", "many"], "--steps"),
         (["train", "--precision", "float8"], "bfloat16"),
         (["train", "--preset", "smal"], "Unknown preset 'smal'. Did you mean 'small'?"),
-        (["train", "--steps", "0"], "error: steps must be above 0 and finite, or left out; got 0."),
+        (["train", "--steps", "0"], "error: steps must be above 0 and below 1e+15, or left out; got 0."),
         (["train", "--config", "missing.toml"], "Cannot read the config file missing.toml"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "Give the prompt once"),
         (["generate", "a", "--prompt", "b"], "Give the prompt once"),

@@ -61,6 +61,14 @@ def test_the_model_is_that_of_the_beginning_and_the_horizon_three_epochs(command
     assert plan["steps"] > 10
 
 
+def test_of_long_conversations_only_their_beginnings_count(command, folder):
+    turns = [{"role": "user", "content": "f(x)?"}, {"role": "assistant", "content": "y" * 2000}]
+    (folder / "long.jsonl").write_text("\n".join(json.dumps(turns) for _ in range(20)))
+    assert command("data", "prepare", "long.jsonl", "--tokenizer", "base", "--out", "long").code == 0
+    done = command("sft", "--init-from", "base", "--data", "long", "--dry-run", "--json")
+    assert done.json["plan"]["steps"] > 40
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -36,7 +36,7 @@ def parts(config, data):
 def begun(parts, step=0):
     settings, _, _, tokenizer = parts
     run = Run(settings)
-    run.begin(tokenizer, step)
+    run.begin(tokenizer, step, run.config.num_steps)
     return run
 
 
